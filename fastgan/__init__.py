@@ -1,4 +1,12 @@
-"""fastgan: fused kernels for GAN training in PyTorch. See README.md; ``python -m fastgan doctor`` tells what serves here."""
+"""fastgan: fused kernels for GAN training in PyTorch.
 
+``import fastgan`` needs torch alone. ``python -m fastgan doctor`` tells which kernels serve on this machine, and why.
+"""
+
+from fastgan import backends as backends
+from fastgan import functional as functional
+from fastgan import nn as nn
+from fastgan import ops as ops
 from fastgan._version import __version__ as __version__
 from fastgan.backends import use_backend as use_backend
+from fastgan.functional import minibatch_discrimination as minibatch_discrimination

@@ -1,0 +1,3 @@
+"""The layers of fastgan."""
+
+from fastgan.nn.minibatch_discrimination import MinibatchDiscrimination as MinibatchDiscrimination
