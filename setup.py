@@ -83,7 +83,9 @@ def sources_digest() -> str:
 
 
 def cuda_flags() -> tuple[list[str], str]:
-    archs = [a.strip().replace(".", "") for a in os.environ.get("FASTGAN_CUDA_ARCHS", "80;86;89;90;100").split(";") if a.strip()]
+    archs = [
+        a.strip().replace(".", "") for a in os.environ.get("FASTGAN_CUDA_ARCHS", "80;86;89;90;100").split(";") if a.strip()
+    ]
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"], "+".join(archs)
 
@@ -96,7 +98,8 @@ def extension(kind: str) -> dict:
     build = ROOT / "build"
     build.mkdir(exist_ok=True)
     gencode, archs = cuda_flags() if kind == "cuda" else ([], "none")
-    record = f"version={VERSION};sources={sources_digest()};target={TORCH_TARGET[0]}.{TORCH_TARGET[1]};torch={torch.__version__};cuda={archs}"
+    oldest = f"{TORCH_TARGET[0]}.{TORCH_TARGET[1]}"
+    record = f"version={VERSION};sources={sources_digest()};target={oldest};torch={torch.__version__};cuda={archs}"
     header = build / "fastgan_build.h"
     text = f'#define FASTGAN_BUILD_RECORD "{record}"\n'
     if not header.exists() or header.read_text() != text:
@@ -116,7 +119,15 @@ def extension(kind: str) -> dict:
             output = build / f"{source.stem}.cu.o"
             newest = max(p.stat().st_mtime for p in (*(ROOT / "csrc").rglob("*.[ch]*"), source))
             if not output.exists() or output.stat().st_mtime < newest:
-                flags = ["-O3", "-std=c++20", "-lineinfo", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA", target]
+                flags = [
+                    "-O3",
+                    "-std=c++20",
+                    "-lineinfo",
+                    "--threads=0",
+                    "-Xcompiler=-fPIC,-fvisibility=hidden",
+                    "-DUSE_CUDA",
+                    target,
+                ]
                 paths = [f"-I{path}" for path in (*includes, *include_paths())]
                 subprocess.run([nvcc, "-c", str(source), "-o", str(output), *flags, *gencode, *paths], check=True)
             objects.append(str(output))
@@ -125,13 +136,24 @@ def extension(kind: str) -> dict:
     link = []
     if kind == "cuda":
         home = Path(find_nvcc()).resolve().parent.parent
-        where = next((p for p in (home / "lib64", home / "lib", home / "targets/x86_64-linux/lib") if (p / "libcudart_static.a").exists()), None)
+        where = next(
+            (
+                p
+                for p in (home / "lib64", home / "lib", home / "targets/x86_64-linux/lib")
+                if (p / "libcudart_static.a").exists()
+            ),
+            None,
+        )
         if where is None:
-            raise SystemExit(f"fastgan: libcudart_static.a is nowhere under {home} (pip install 'fastgan[cuda-build]' brings it)")
+            raise SystemExit(
+                f"fastgan: libcudart_static.a is nowhere under {home} (pip install 'fastgan[cuda-build]' brings it)"
+            )
         link = [f"-L{where}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     cpp = CppExtension(
         "fastgan._C",
-        sources=[str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "module.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp")))],
+        sources=[
+            str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "module.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp")))
+        ],
         include_dirs=includes,
         depends=[str(header)],
         extra_compile_args=["-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", target],

@@ -20,7 +20,9 @@ def _check_tensor(function: str, name: str, value, shape: str) -> None:
             + (". A (B, K*D) projection becomes it with .view(B, K, D)" if shape == "(B, K, D)" and value.dim() == 2 else "")
         )
     if value.dtype not in _FLOATS:
-        raise TypeError(f"{function}: {name} has dtype {value.dtype}, expected a floating dtype; convert it with {name}.float()")
+        raise TypeError(
+            f"{function}: {name} has dtype {value.dtype}, expected a floating dtype; convert it with {name}.float()"
+        )
 
 
 def minibatch_discrimination(m: Tensor, *, self_term: bool = True, group=None) -> Tensor:

@@ -59,13 +59,15 @@ class MinibatchDiscrimination(nn.Module):
         self.init_std = (0.05 if weight_norm else 1.0) if init_std is None else init_std
         make = {"device": device, "dtype": dtype}
         self.T = nn.Parameter(torch.empty(in_features, out_features, kernel_dims, **make))
-        self.register_parameter("log_weight_scale", nn.Parameter(torch.empty(out_features, kernel_dims, **make)) if weight_norm else None)
+        self.register_parameter(
+            "log_weight_scale", nn.Parameter(torch.empty(out_features, kernel_dims, **make)) if weight_norm else None
+        )
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features, **make)) if bias else None)
         self.reset_parameters()
 
     @classmethod
     def improved_gan(cls, in_features: int, num_kernels: int, dim_per_kernel: int = 5, **options) -> "MinibatchDiscrimination":
-        """The layer of the paper's released code: weight normalisation, bias, self-distance excluded. See ``init_from_data``."""
+        """The layer of the paper's released code: weight normalisation and bias; see also ``init_from_data``."""
         return cls(in_features, num_kernels, dim_per_kernel, weight_norm=True, bias=True, **options)
 
     def reset_parameters(self) -> None:
@@ -106,7 +108,9 @@ class MinibatchDiscrimination(nn.Module):
                 parameters are untouched then.
         """
         if self.log_weight_scale is None or self.bias is None:
-            raise RuntimeError("MinibatchDiscrimination.init_from_data: needs weight_norm=True and bias=True (or .improved_gan)")
+            raise RuntimeError(
+                "MinibatchDiscrimination.init_from_data: needs weight_norm=True and bias=True (or .improved_gan)"
+            )
         m = self.project(x)
         if m.shape[0] < 2:
             raise RuntimeError(f"MinibatchDiscrimination.init_from_data: x has {m.shape[0]} samples, expected at least 2")

@@ -1,0 +1,148 @@
+"""``python -m benchmarks``: test the operators, then measure them with both allocator settings, then report.
+
+Prints a table, writes OUT/results.json, OUT/speedup.png and pytest-benchmark's own files. A speed-up is shown only where the
+operator's tests passed first and every candidate agreed with float64.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.case import OURS
+from benchmarks.test_benchmarks import CASES
+from fastgan import measure
+
+ROOT = Path(__file__).parent.parent
+
+
+def tests_pass(op: str) -> bool:
+    """The operator's own tests, in a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", op, "tests/test_ops.py", f"tests/test_{op}.py"]
+    return subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+
+
+def measure_all(out: Path, which: str, ops: list[str], seconds: float) -> dict:
+    """Run the cases in a child process with the allocator ``which``."""
+    target = (out / f"pytest-benchmark-{which}.json").resolve()
+    command = [sys.executable, "-m", "pytest", "-q", "benchmarks", "--seconds", str(seconds), "-k", " or ".join(ops)]
+    command += [
+        f"--benchmark-json={target}",
+        "--benchmark-disable-gc",
+        "--benchmark-columns=median,iqr",
+        "-p",
+        "no:cacheprovider",
+    ]
+    code = "import json; from fastgan import measure; print(json.dumps(measure.machine()))"
+    environment = measure.allocator_environment(which)
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    machine = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    rows = [entry["extra_info"] for entry in json.loads(target.read_text())["benchmarks"]]
+    return {"machine": json.loads(machine.stdout), "cases": rows}
+
+
+def goal_of(row: dict, baseline: str) -> float | None:
+    return row["goals"].get(baseline, row["goals"].get("best") if baseline == row["best"] else None)
+
+
+def mebibytes(value: int | None) -> str:
+    return "?" if value is None else f"{value / 2**20:.0f}"
+
+
+def table(results: dict, which: str) -> Table:
+    machine = results[which]["machine"]
+    shown = Table(title=f"{machine['processor']} ({machine['instructions']}, {machine['threads']} threads), allocator {which}")
+    for column in (
+        "operator",
+        "shape",
+        "mode",
+        "baseline",
+        "ms",
+        "fastgan ms",
+        "speed-up",
+        "quartiles",
+        "goal",
+        "MiB",
+        "fastgan MiB",
+    ):
+        shown.add_column(column, justify="left" if column in ("operator", "shape", "mode", "baseline") else "right")
+    for row in results[which]["cases"]:
+        for baseline, speedup in row["speedup"].items():
+            goal = goal_of(row, baseline)
+            shown.add_row(
+                row["op"],
+                row["shape"],
+                row["mode"],
+                baseline + (" (best)" if baseline == row["best"] else ""),
+                f"{row['seconds'][baseline]['median'] * 1e3:.2f}",
+                f"{row['seconds'][OURS]['median'] * 1e3:.2f}",
+                f"{speedup['median']:.1f}x",
+                f"{speedup['low']:.1f}-{speedup['high']:.1f}",
+                "" if goal is None else f"{goal:g}x {'met' if speedup['median'] >= goal else 'missed'}",
+                mebibytes(row["peak_bytes"][baseline]),
+                mebibytes(row["peak_bytes"][OURS]),
+            )
+        shown.add_section()
+    return shown
+
+
+def plot(results: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(results), figsize=(7 * len(results), 5), squeeze=False, sharey=True)
+    for axis, (which, result) in zip(axes[0], results.items(), strict=True):
+        cases = result["cases"]
+        baselines = list(dict.fromkeys(name for row in cases for name in row["speedup"]))
+        width = 0.8 / len(baselines)
+        for i, baseline in enumerate(baselines):
+            rows = [(x, row["speedup"][baseline]) for x, row in enumerate(cases) if baseline in row["speedup"]]
+            positions = [x + (i - (len(baselines) - 1) / 2) * width for x, _ in rows]
+            middle = [s["median"] for _, s in rows]
+            spread = [[s["median"] - s["low"] for _, s in rows], [s["high"] - s["median"] for _, s in rows]]
+            axis.bar(positions, middle, width, yerr=spread, capsize=2, label=baseline)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_yscale("log")
+        axis.set_xticks(range(len(cases)), [f"{row['shape']}\n{row['mode']}" for row in cases], fontsize=8)
+        axis.set_title(f"allocator {which}")
+        axis.grid(axis="y", alpha=0.3)
+    axes[0][0].set_ylabel("times faster: fastgan over the baseline (median, quartiles)")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    ops = sorted({case.op for case in CASES})
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--op", action="append", choices=ops, help="only this operator (may be repeated)")
+    parser.add_argument("--seconds", type=float, default=4.0, help="how long the rounds of one case go on")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"))
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    passed = []
+    for op in arguments.op or ops:
+        if tests_pass(op):
+            passed.append(op)
+        else:
+            console.print(f"[red]{op}: its tests fail, so nothing is measured[/red] (pytest -k {op})")
+    if not passed:
+        return 1
+    results = {which: measure_all(arguments.out, which, passed, arguments.seconds) for which in ("tuned", "default")}
+    (arguments.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    plot(results, arguments.out / "speedup.png")
+    for which in results:
+        console.print(table(results, which))
+    console.print(f"written to {arguments.out}/: results.json, speedup.png")
+    return 0 if len(passed) == len(arguments.op or ops) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""One benchmark case, and how every case is run: correctness gate, interleaved rounds, memory peaks."""
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastgan import measure
+
+OURS = "fastgan"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to compare for one operator, shape and mode."""
+
+    op: str  # stem of the operator's files
+    shape: str
+    mode: str
+    #: makes {"fastgan": run, baseline: run, ...}; each run returns its result tensors
+    candidates: Callable[[], Mapping[str, Callable[[], tuple[Tensor, ...]]]]
+    #: the true result, in float64
+    truth: Callable[[], tuple[Tensor, ...]]
+    #: baseline (or "best") -> speed-up aimed at
+    goals: Mapping[str, float] = field(default_factory=dict)
+    tolerance: float = 1e-4
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}-{self.shape}-{self.mode}"
+
+
+def check(case: Case, candidates: Mapping[str, Callable]) -> dict[str, float]:
+    """Relative error of each candidate against float64. No speed-up of something wrong is ever reported."""
+    truth = case.truth()
+    errors = {}
+    for name, run in candidates.items():
+        results = run()
+        errors[name] = max(((r.double() - t).norm() / t.norm()).item() for r, t in zip(results, truth, strict=True))
+        if not errors[name] <= case.tolerance:
+            raise AssertionError(f"{case.id}: {name} is off by {errors[name]:.2e} (limit {case.tolerance:.0e})")
+    return errors
+
+
+def run(case: Case, seconds: float) -> dict:
+    """Everything measured for a case, as plain data."""
+    torch.manual_seed(0)
+    candidates = dict(case.candidates())
+    errors = check(case, candidates)
+    gc.collect()
+    times = measure.interleaved(candidates, seconds=seconds)
+    baselines = [name for name in candidates if name != OURS]
+    speedups = {name: measure.speedup(times, OURS, name).to_dict() for name in baselines}
+    medians = {name: measure.Spread.of(values).to_dict() for name, values in times.items()}
+    best = min(baselines, key=lambda name: medians[name]["median"])
+    return {
+        "op": case.op,
+        "shape": case.shape,
+        "mode": case.mode,
+        "seconds": medians,
+        "rounds": len(times[OURS]),
+        "speedup": speedups,
+        "best": best,
+        "goals": dict(case.goals),
+        "error": errors,
+        "peak_bytes": {name: measure.peak_memory(run) for name, run in candidates.items()},
+    }

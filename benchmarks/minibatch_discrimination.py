@@ -1,0 +1,107 @@
+"""Minibatch discrimination against broadcasting, cdist, torch.compile and KeOps."""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+import fastgan
+from benchmarks.case import OURS, Case
+from fastgan.ops.minibatch_discrimination import backward_reference, forward_reference
+
+
+def broadcast(m: Tensor) -> Tensor:
+    return torch.exp(-(m[:, None] - m[None]).abs().sum(-1)).sum(1)
+
+
+def cdist(m: Tensor) -> Tensor:
+    x = m.transpose(0, 1)
+    return torch.exp(-torch.cdist(x, x, p=1)).sum(-1).T
+
+
+def keops(m: Tensor) -> Tensor:
+    from pykeops.torch import LazyTensor
+
+    x = m.transpose(0, 1).contiguous()
+    distance = (LazyTensor(x[:, :, None]) - LazyTensor(x[:, None])).abs().sum(-1)
+    return (-distance).exp().sum(2).squeeze(-1).T
+
+
+def baselines(double: bool = False) -> dict:
+    if double:  # cdist (p = 1), torch.compile and KeOps can't be differentiated twice here
+        return {"broadcast": broadcast}
+    torch._dynamo.reset()
+    found = {"broadcast": broadcast, "cdist": cdist, "compile": torch.compile(broadcast, dynamic=False)}
+    if importlib.util.find_spec("pykeops"):
+        found["keops"] = keops
+    return found
+
+
+def _features(b: int, k: int, d: int) -> Tensor:
+    """Distances of about 1, as a trained layer has them."""
+    return torch.randn(b, k, d, generator=torch.Generator().manual_seed(0)) / d
+
+
+def _forward(function, m):
+    def run():
+        with torch.no_grad():
+            return (function(m),)
+
+    return run
+
+
+def _forward_backward(function, m):
+    x = m.clone().requires_grad_()
+
+    def run():
+        out = function(x)
+        return torch.autograd.grad(out.sum(), x)
+
+    return run
+
+
+def _penalty(function, m):
+    """The gradient of a gradient penalty: what the layer costs inside a penalised critic."""
+    x = m.clone().requires_grad_()
+
+    def run():
+        (g,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), x)
+
+    return run
+
+
+_RUNS = {"forward": _forward, "forward+backward": _forward_backward, "penalty": _penalty}
+
+
+def _truth(mode: str, m: Tensor):
+    m = m.double()
+    if mode == "forward":
+        return (forward_reference(m, True),)
+    ones = torch.ones(m.shape[:2], dtype=m.dtype)
+    if mode == "forward+backward":
+        return (backward_reference(ones, m),)
+    with fastgan.use_backend("reference"):
+        return _penalty(fastgan.minibatch_discrimination, m)()
+
+
+def _case(shape: tuple[int, int, int], mode: str, goals: dict) -> Case:
+    m = _features(*shape)
+    run = _RUNS[mode]
+
+    def candidates():
+        functions = {OURS: fastgan.minibatch_discrimination} | baselines(mode == "penalty")
+        return {name: run(function, m) for name, function in functions.items()}
+
+    return Case("minibatch_discrimination", "x".join(map(str, shape)), mode, candidates, lambda: _truth(mode, m), goals)
+
+
+_LARGE = {"cdist": 12.0, "compile": 8.0}
+CASES = [
+    _case((64, 50, 5), "forward+backward", {"best": 8.0}),
+    _case((256, 64, 16), "forward", _LARGE),
+    _case((256, 64, 16), "forward+backward", _LARGE),
+    _case((256, 64, 16), "penalty", {}),
+    _case((1024, 64, 16), "forward", _LARGE),
+    _case((1024, 64, 16), "forward+backward", _LARGE),
+]

@@ -1,0 +1,15 @@
+"""Every case under pytest-benchmark: its statistics are fastgan's own time, the comparison goes into ``extra_info``."""
+
+import pytest
+
+from benchmarks import minibatch_discrimination
+from benchmarks.case import OURS, run
+
+CASES = [*minibatch_discrimination.CASES]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_speed(benchmark, case, pytestconfig):
+    seconds = float(pytestconfig.getoption("--seconds"))
+    benchmark.extra_info.update(run(case, seconds))
+    benchmark.pedantic(case.candidates()[OURS], rounds=5, warmup_rounds=1)

@@ -1,0 +1,95 @@
+"""setup.py: what it builds where, how it says so, and that a wheel holds what a checkout has."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fastgan
+
+ROOT = Path(__file__).parent.parent
+
+
+def setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments], cwd=ROOT, capture_output=True, text=True, env=os.environ | environment
+    )
+
+
+@pytest.fixture
+def no_compiler(tmp_path):
+    """A PATH with no c++ and no nvcc."""
+    return {"PATH": str(tmp_path), "CUDA_HOME": str(tmp_path), "NVCC": ""}
+
+
+def test_pure_python_without_a_compiler_says_so_in_one_line(no_compiler):
+    result = setup("--version", **no_compiler, FASTGAN_BUILD="auto")
+    assert result.returncode == 0, result.stderr
+    said = [line for line in result.stderr.splitlines() if line.startswith("fastgan:")]
+    assert said == ["fastgan: building pure Python (there is no C++ compiler (set CXX, or install g++))"]
+
+
+@pytest.mark.parametrize("wanted", ["cpu", "cuda"])
+def test_an_explicit_choice_fails_loudly(no_compiler, wanted):
+    result = setup("--version", **no_compiler, FASTGAN_BUILD=wanted)
+    assert result.returncode != 0
+    assert f"FASTGAN_BUILD={wanted}, but there is no C++ compiler" in result.stderr
+
+
+def test_an_unknown_choice_fails():
+    result = setup("--version", FASTGAN_BUILD="gpu")
+    assert result.returncode != 0
+    assert "'gpu' is none of auto, python, cpu, cuda" in result.stderr
+
+
+def test_cuda_without_nvcc_fails_loudly(tmp_path):
+    (tmp_path / "c++").symlink_to("/bin/true")
+    result = setup("--version", PATH=str(tmp_path), CUDA_HOME=str(tmp_path), NVCC="", FASTGAN_BUILD="cuda")
+    assert result.returncode != 0
+    assert "FASTGAN_BUILD=cuda, but there is no nvcc (pip install 'fastgan[cuda-build]'" in result.stderr
+
+
+def wheel(folder: Path, **environment: str) -> list[str]:
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(folder), "."]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
+    assert result.returncode == 0, result.stderr
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(folder / "site")
+        return [path.name, *archive.namelist()]
+
+
+def test_pure_python_wheel(tmp_path):
+    name, *files = wheel(tmp_path, FASTGAN_BUILD="python")
+    assert name == f"fastgan-{fastgan.__version__}-py3-none-any.whl"
+    assert not [file for file in files if file.endswith(".so")]
+    packaged = {file for file in files if file.endswith(".py")}
+    here = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastgan").rglob("*.py")}
+    here |= {f"fastgan/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    assert packaged == here
+
+
+def test_native_wheel_runs_elsewhere(tmp_path):
+    """One abi3 wheel, imported from outside the checkout, serves from its own binary and has its Triton kernels."""
+    name, *files = wheel(tmp_path, FASTGAN_BUILD="cpu")
+    assert "cp310-abi3" in name
+    assert "fastgan/_C.abi3.so" in files
+    code = (
+        "import torch, fastgan; fastgan.minibatch_discrimination(torch.zeros(3, 2, 1)); import fastgan.kernels as k\n"
+        "print(fastgan.__file__, fastgan._C.__file__, k.__file__, fastgan.backends.calls('cpp'), sep='|')"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+    )
+    assert run.returncode == 0, run.stderr
+    *paths, calls = run.stdout.strip().split("|")
+    site = str(tmp_path / "site" / "fastgan")
+    assert all(path.startswith(site) for path in paths), paths
+    assert int(calls) == 1

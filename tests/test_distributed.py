@@ -1,0 +1,100 @@
+"""Minibatches across ranks: 2 gloo processes against one process with the whole batch."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fastgan
+from fastgan.nn import MinibatchDiscrimination
+
+WORLD = 2
+
+
+def _enter(rank, port, target, arguments):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    try:
+        target(rank, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def on_ranks(target, *arguments):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(_enter, (port, target, arguments), nprocs=WORLD)
+
+
+def whole_batch(b=10):
+    return torch.randn(b, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / 4
+
+
+def _values_and_derivatives(rank, counts):
+    full = whole_batch(sum(counts)).requires_grad_()
+    expected = fastgan.minibatch_discrimination(full, self_term=False)
+    parts = full.detach().split(counts)
+    mine = parts[rank].clone().requires_grad_()
+    ours = fastgan.minibatch_discrimination(mine, self_term=False, group="world")
+    torch.testing.assert_close(ours, expected.split(counts)[rank])
+    # the sum over ranks of the losses is the loss of one process
+    (g_full,) = torch.autograd.grad(expected.square().sum(), full, create_graph=True)
+    (g_mine,) = torch.autograd.grad(ours.square().sum(), mine, create_graph=True)
+    torch.testing.assert_close(g_mine, g_full.split(counts)[rank])
+    (gg_full,) = torch.autograd.grad(g_full.square().sum(), full)
+    (gg_mine,) = torch.autograd.grad(g_mine.square().sum(), mine)
+    torch.testing.assert_close(gg_mine, gg_full.split(counts)[rank])
+
+
+@pytest.mark.parametrize("counts", [(5, 5), (7, 3), (10, 0)])
+def test_values_gradients_and_second_derivatives(counts):
+    on_ranks(_values_and_derivatives, counts)
+
+
+def _critic(group):
+    torch.manual_seed(0)
+    layer = MinibatchDiscrimination(8, 4, 3, init_std=0.3, group=group)
+    return nn.Sequential(nn.Linear(6, 8), nn.LeakyReLU(0.2), layer, nn.Linear(12, 1)).double()
+
+
+def _wgan_gp_under_ddp(rank):
+    x = torch.randn(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def loss(critic, batch):
+        batch = batch.clone().requires_grad_()
+        score = critic(batch).square()
+        (g,) = torch.autograd.grad(score.sum(), batch, create_graph=True)
+        return score.mean() + ((g.norm(dim=1) - 1) ** 2).mean()
+
+    alone = _critic(None)
+    batch = x.clone().requires_grad_()
+    score = alone(batch).square()
+    (g,) = torch.autograd.grad(score.sum(), batch, create_graph=True)
+    (score.mean() + ((g.norm(dim=1) - 1) ** 2).mean()).backward()
+    critic = DistributedDataParallel(_critic("world"))
+    loss(critic, x.split(4)[rank]).backward()
+    for ours, expected in zip(critic.module.parameters(), alone.parameters(), strict=True):
+        if expected.grad is not None:
+            torch.testing.assert_close(ours.grad, expected.grad)
+
+
+def test_ddp_equals_one_process_with_the_whole_batch():
+    on_ranks(_wgan_gp_under_ddp)
+
+
+def _ranks_disagree(rank):
+    with pytest.raises(
+        RuntimeError, match=r"m: ranks disagree on the shape of a sample, theirs are \[\(2, 3, 4\), \(2, 3, 5\)\]"
+    ):
+        fastgan.minibatch_discrimination(torch.zeros(2, 3, 4 + rank), group="world")
+
+
+def test_disagreeing_ranks_raise_everywhere():
+    on_ranks(_ranks_disagree)
