@@ -1,0 +1,54 @@
+"""``python -m benchmarks.readme``: write the README's table from benchmarks/results, so that no figure is typed by hand."""
+
+import json
+from pathlib import Path
+
+from benchmarks.case import OURS
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+
+
+def section(name: str, results: dict) -> list[str]:
+    machine = results["tuned"]["machine"]
+    lines = [
+        f"{machine['processor']}, {machine['instructions']}, {machine['threads']} threads, torch {machine['torch']}; "
+        f"times in ms, allocator tuned / default (`benchmarks/results/{name}`).",
+        "",
+        "| operator | shape | mode | fastgan | best alternative | speed-up over it | over the others | peak MiB, fastgan / best |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for tuned, default in zip(results["tuned"]["cases"], results["default"]["cases"], strict=True):
+        rows = (tuned, default)
+        best = tuned["best"]
+
+        def both(pick, form, rows=rows):
+            return " / ".join(form.format(pick(row)) for row in rows)
+
+        ours = both(lambda row: row["seconds"][OURS]["median"] * 1e3, "{:.2f}")
+        theirs = both(lambda row, best=best: row["seconds"][best]["median"] * 1e3, "{:.2f}")
+        gain = both(lambda row, best=best: row["speedup"][best]["median"], "{:.1f}x")
+        others = ", ".join(
+            f"{other} " + both(lambda row, other=other: row["speedup"][other]["median"], "{:.1f}x")
+            for other in tuned["speedup"]
+            if other != best
+        )
+        memory = " / ".join("?" if (b := tuned["peak_bytes"][n]) is None else f"{b / 2**20:.0f}" for n in (OURS, best))
+        lines.append(
+            f"| {tuned['op']} | {tuned['shape']} | {tuned['mode']} | {ours} | {best} {theirs} | {gain} | {others} | {memory} |"
+        )
+    return lines
+
+
+def main() -> None:
+    lines = []
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        lines += ["", *section(path.name, json.loads(path.read_text()))]
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    readme.write_text(before + BEGIN + "\n".join(lines) + "\n\n" + END + after)
+
+
+if __name__ == "__main__":
+    main()
