@@ -15,7 +15,7 @@ def section(name: str, results: dict) -> list[str]:
         f"{machine['processor']}, {machine['instructions']}, {machine['threads']} threads, torch {machine['torch']}; "
         f"times in ms, allocator tuned / default (`benchmarks/results/{name}`).",
         "",
-        "| operator | shape | mode | fastgan | best alternative | speed-up over it | over the others | peak MiB, fastgan / best |",
+        "| operator | shape | mode | fastgan | best alternative | speed-up | over the others | peak MiB, fastgan / best |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for tuned, default in zip(results["tuned"]["cases"], results["default"]["cases"], strict=True):
