@@ -1,6 +1,5 @@
 // fastgan._C: what every native kernel shares: the build record, the call counter, the instruction-set choice, and the
 // module that `import fastgan._C` finds. Kernels register themselves from their own files (csrc/cpu/<op>.cpp).
-#define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 
 #include "common.h"
