@@ -1,0 +1,255 @@
+// Minibatch discrimination on the CPU: packing, distribution over threads, and the dispatcher's side. The arithmetic is in
+// minibatch_discrimination.inl, once per instruction set.
+#include "common.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <sstream>
+#include <tuple>
+
+namespace fastgan {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum class Operator { forward, backward, jvp, double_backward };
+
+// Samples per block: a block of coordinates and one of sums fit the first-level cache up to D = 16 or so.
+constexpr int64_t kRows = 128;
+// Distance between rows of samples, in elements: a whole, odd number of cache lines, lest the rows share cache sets.
+template <class T> constexpr int64_t kStride = kRows + 64 / sizeof(T);
+
+// What an operator reads and sums up, and in which row of a block each lies.
+template <Operator op> struct Layout {
+  static constexpr bool tangent = op == Operator::jvp || op == Operator::double_backward;
+  static constexpr bool values = op != Operator::backward;
+  static constexpr bool weights = op == Operator::backward || op == Operator::double_backward;
+  // Packed: coordinates, then their tangents, then grad.
+  static constexpr int64_t grad_row(int64_t D) { return tangent ? 2 * D : D; }
+  static constexpr int64_t packed_rows(int64_t D) { return grad_row(D) + weights; }
+  // Totals: weights by coordinate, then values.
+  static constexpr int64_t value_row(int64_t D) { return weights ? D : 0; }
+  static constexpr int64_t total_rows(int64_t D) { return value_row(D) + values; }
+};
+
+// A tensor (B, K) or (B, K, D), of any strides.
+struct Strided {
+  const void* data = nullptr;
+  int64_t stride[3] = {0, 0, 0};
+
+  Strided() = default;
+  explicit Strided(const Tensor& tensor) : data(tensor.const_data_ptr()) {
+    const auto strides = tensor.strides();
+    for (size_t dim = 0; dim < strides.size(); ++dim) stride[dim] = strides[dim];
+  }
+
+  template <class S> const S* at(int64_t b, int64_t k, int64_t d) const {
+    return static_cast<const S*>(data) + b * stride[0] + k * stride[1] + d * stride[2];
+  }
+};
+
+struct Problem {
+  int64_t B, K, D;
+  bool self_term = true;
+  Strided m, grad, v;
+  void *values = nullptr, *gradient = nullptr;  // outputs, contiguous
+};
+
+}  // namespace
+}  // namespace fastgan
+
+#define FASTGAN_SIMD_SOURCE "minibatch_discrimination.inl"
+#include "simd.h"
+
+namespace fastgan {
+namespace {
+
+template <class S> struct AccumulateIn { using Type = float; };
+template <> struct AccumulateIn<double> { using Type = double; };
+
+struct Free {
+  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
+};
+template <class T> using Buffer = std::unique_ptr<T[], Free>;
+template <class T> Buffer<T> allocate(int64_t count) {
+  return Buffer<T>(static_cast<T*>(::operator new(sizeof(T) * count, std::align_val_t(64))));
+}
+
+// Adds up the stripes' totals in order and writes kernel k of the outputs.
+template <class S, Operator op> void write(const Problem& p, int64_t k, const double* totals, int64_t size, int64_t stripes) {
+  using Flags = Layout<op>;
+  using T = typename AccumulateIn<S>::Type;
+  constexpr int64_t stride = kStride<T>;
+  for (int64_t b = 0; b < p.B; ++b) {
+    const double* column = totals + b / kRows * Flags::total_rows(p.D) * stride + b % kRows;
+    auto total = [&](int64_t row) {
+      double sum = 0;
+      for (int64_t s = 0; s < stripes; ++s) sum += column[s * size + row * stride];
+      return S(T(sum));
+    };
+    if constexpr (Flags::weights)
+      for (int64_t d = 0; d < p.D; ++d) static_cast<S*>(p.gradient)[(b * p.K + k) * p.D + d] = total(d);
+    if constexpr (Flags::values) static_cast<S*>(p.values)[b * p.K + k] = total(Flags::value_row(p.D));
+  }
+}
+
+// Tasks are kernels; where these are few, each kernel's pairs of blocks are dealt out to several stripes. Their number
+// follows from the shape alone and their sums are added in order, so results don't depend on the number of threads.
+int64_t count_stripes(const Problem& p, int64_t blocks, int64_t bytes) {
+  constexpr int64_t kTasks = 16, kBytes = 16 << 20;
+  if (p.K >= kTasks) return 1;
+  const int64_t wanted = (2 * kTasks + p.K - 1) / p.K, pairs = blocks * (blocks + 1) / 2;
+  return std::max<int64_t>(1, std::min({wanted, pairs / 4, kBytes / std::max<int64_t>(1, bytes * p.K)}));
+}
+
+template <class S, Operator op> void run(const Problem& p) {
+  using Flags = Layout<op>;
+  using T = typename AccumulateIn<S>::Type;
+  const auto pack = FASTGAN_FOR_ISA(pack<S, T, op>);
+  const auto pairs = FASTGAN_FOR_ISA(pairs<T, op>);
+  const int64_t blocks = (p.B + kRows - 1) / kRows;
+  const int64_t packed_size = blocks * Flags::packed_rows(p.D) * kStride<T>;
+  const int64_t total_size = blocks * Flags::total_rows(p.D) * kStride<T>;
+  const int64_t block_size = Flags::total_rows(p.D) * kStride<T>;
+  const int64_t stripes = count_stripes(p, blocks, total_size * sizeof(double));
+  // Some 10 microseconds of work are worth a thread.
+  const int64_t work = p.B * (p.B + 16) / 2 * (p.D + 4) / stripes, grain = 1 + (1 << 18) / (1 + work);
+
+  if (stripes == 1) {
+    torch::stable::parallel_for(0, p.K, grain, [&](int64_t begin, int64_t end) {
+      const auto packed = allocate<T>(packed_size), scratch = allocate<T>(block_size);
+      const auto totals = allocate<double>(total_size);
+      for (int64_t k = begin; k < end; ++k) {
+        std::fill_n(totals.get(), total_size, 0.0);
+        pack(p, k, packed.get());
+        pairs(packed.get(), totals.get(), scratch.get(), p.B, p.D, p.self_term, 0, 1);
+        write<S, op>(p, k, totals.get(), total_size, 1);
+      }
+    });
+    return;
+  }
+  const auto packed = allocate<T>(packed_size * p.K);
+  const auto totals = allocate<double>(total_size * stripes * p.K);
+  torch::stable::parallel_for(0, p.K, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) pack(p, k, packed.get() + k * packed_size);
+  });
+  torch::stable::parallel_for(0, p.K * stripes, grain, [&](int64_t begin, int64_t end) {
+    const auto scratch = allocate<T>(block_size);
+    for (int64_t task = begin; task < end; ++task) {
+      double* own = totals.get() + task * total_size;
+      std::fill_n(own, total_size, 0.0);
+      pairs(packed.get() + task / stripes * packed_size, own, scratch.get(), p.B, p.D, p.self_term, task % stripes, stripes);
+    }
+  });
+  torch::stable::parallel_for(0, p.K, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) write<S, op>(p, k, totals.get() + k * stripes * total_size, total_size, stripes);
+  });
+}
+
+template <Operator op> void run_for_dtype(const Problem& problem, ScalarType dtype) {
+  ++calls;
+  if (problem.B == 0 || problem.K == 0) return;
+  switch (dtype) {
+    case ScalarType::Float: return run<float, op>(problem);
+    case ScalarType::Double: return run<double, op>(problem);
+    case ScalarType::Half: return run<Half, op>(problem);
+    default: return run<BFloat16, op>(problem);
+  }
+}
+
+std::string shape(const Tensor& tensor) {
+  std::ostringstream text;
+  text << '(';
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) text << (dim ? ", " : "") << tensor.size(dim);
+  text << ')';
+  return text.str();
+}
+
+Problem describe(const char* op, const Tensor& m) {
+  STD_TORCH_CHECK(m.dim() == 3, "fastgan::", op, ": m has shape ", shape(m), ", expected (B, K, D)");
+  const ScalarType dtype = m.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+                  "fastgan::", op, ": m is ", torch::headeronly::toString(dtype), ", expected a floating-point tensor of 16, 32 or 64 bits");
+  Problem problem;
+  problem.B = m.size(0), problem.K = m.size(1), problem.D = m.size(2);
+  problem.m = Strided(m);
+  return problem;
+}
+
+// tensor has to be like m, or like m without D.
+Strided matching(const char* op, const char* name, const Tensor& tensor, const Tensor& m, int64_t dims) {
+  bool same = tensor.dim() == dims;
+  for (int64_t dim = 0; same && dim < dims; ++dim) same = tensor.size(dim) == m.size(dim);
+  STD_TORCH_CHECK(same, "fastgan::", op, ": ", name, " has shape ", shape(tensor), ", expected ",
+                  dims == 3 ? "that of m, " : "the first two dimensions of m, ", shape(m));
+  STD_TORCH_CHECK(tensor.scalar_type() == m.scalar_type(), "fastgan::", op, ": ", name, " is ",
+                  torch::headeronly::toString(tensor.scalar_type()), ", expected the dtype of m, ", torch::headeronly::toString(m.scalar_type()));
+  STD_TORCH_CHECK(tensor.is_cpu() && m.is_cpu(), "fastgan::", op, ": ", name, " and m have to be on the CPU both");
+  return Strided(tensor);
+}
+
+Tensor new_values(Problem& problem, const Tensor& m) {
+  Tensor values = torch::stable::new_empty(m, {problem.B, problem.K});
+  problem.values = values.mutable_data_ptr();
+  return values;
+}
+
+Tensor new_gradient(Problem& problem, const Tensor& m) {
+  Tensor gradient = torch::stable::new_empty(m, {problem.B, problem.K, problem.D});
+  problem.gradient = gradient.mutable_data_ptr();
+  return gradient;
+}
+
+Tensor forward(const Tensor& m, bool self_term) {
+  Problem problem = describe("minibatch_discrimination", m);
+  problem.self_term = self_term;
+  Tensor values = new_values(problem, m);
+  run_for_dtype<Operator::forward>(problem, m.scalar_type());
+  return values;
+}
+
+Tensor backward(const Tensor& grad, const Tensor& m) {
+  const char* op = "minibatch_discrimination_backward";
+  Problem problem = describe(op, m);
+  problem.grad = matching(op, "grad", grad, m, 2);
+  Tensor gradient = new_gradient(problem, m);
+  run_for_dtype<Operator::backward>(problem, m.scalar_type());
+  return gradient;
+}
+
+Tensor jvp(const Tensor& t, const Tensor& m) {
+  const char* op = "minibatch_discrimination_jvp";
+  Problem problem = describe(op, m);
+  problem.v = matching(op, "t", t, m, 3);
+  Tensor values = new_values(problem, m);
+  run_for_dtype<Operator::jvp>(problem, m.scalar_type());
+  return values;
+}
+
+std::tuple<Tensor, Tensor> double_backward(const Tensor& v, const Tensor& grad, const Tensor& m) {
+  const char* op = "minibatch_discrimination_double_backward";
+  Problem problem = describe(op, m);
+  problem.v = matching(op, "v", v, m, 3);
+  problem.grad = matching(op, "grad", grad, m, 2);
+  Tensor values = new_values(problem, m), gradient = new_gradient(problem, m);
+  run_for_dtype<Operator::double_backward>(problem, m.scalar_type());
+  return {values, gradient};
+}
+
+}  // namespace
+}  // namespace fastgan
+
+STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, library) {
+  using namespace fastgan;
+  library.impl("minibatch_discrimination", TORCH_BOX(&forward));
+  library.impl("minibatch_discrimination_backward", TORCH_BOX(&backward));
+  library.impl("minibatch_discrimination_jvp", TORCH_BOX(&jvp));
+  library.impl("minibatch_discrimination_double_backward", TORCH_BOX(&double_backward));
+}

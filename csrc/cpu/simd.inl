@@ -1,0 +1,151 @@
+// Vectors of float and double, as wide as the instruction set (FASTGAN_ISA: 0 baseline, 2 AVX2, 512 AVX-512). Included by
+// simd.h inside one namespace per instruction set. Arithmetic is written with operators, which GCC and Clang turn into
+// vector instructions of any machine; the few functions with intrinsics are those that operators can't express.
+
+#if FASTGAN_ISA == 512
+constexpr int kVectorBytes = 64;
+#elif FASTGAN_ISA == 2
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+typedef float FloatVector __attribute__((vector_size(kVectorBytes)));
+typedef double DoubleVector __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Int32Vector __attribute__((vector_size(kVectorBytes)));
+typedef int64_t Int64Vector __attribute__((vector_size(kVectorBytes)));
+
+template <class T> struct VectorOf;
+template <> struct VectorOf<float> { using Type = FloatVector; using Bits = Int32Vector; using Lane = int32_t; };
+template <> struct VectorOf<double> { using Type = DoubleVector; using Bits = Int64Vector; using Lane = int64_t; };
+template <class T> using Vector = typename VectorOf<T>::Type;
+template <class T> using Bits = typename VectorOf<T>::Bits;
+template <class T> constexpr int kLanes = kVectorBytes / sizeof(T);
+
+template <class T> FASTGAN_INLINE Vector<T> load(const T* p) {
+  Vector<T> x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+template <class T> FASTGAN_INLINE void store(T* p, Vector<T> x) { std::memcpy(p, &x, sizeof x); }
+
+template <class T> FASTGAN_INLINE Vector<T> broadcast(T x) { return x - Vector<T>{}; }
+
+FASTGAN_INLINE Int32Vector broadcast_bits(int32_t x) { return x - Int32Vector{}; }
+FASTGAN_INLINE Int64Vector broadcast_bits(int64_t x) { return x - Int64Vector{}; }
+
+FASTGAN_INLINE Int32Vector bits(FloatVector x) { return (Int32Vector)x; }
+FASTGAN_INLINE Int64Vector bits(DoubleVector x) { return (Int64Vector)x; }
+FASTGAN_INLINE FloatVector from_bits(Int32Vector x) { return (FloatVector)x; }
+FASTGAN_INLINE DoubleVector from_bits(Int64Vector x) { return (DoubleVector)x; }
+
+FASTGAN_INLINE FloatVector absolute(FloatVector x) { return from_bits(bits(x) & broadcast_bits(INT32_MAX)); }
+FASTGAN_INLINE DoubleVector absolute(DoubleVector x) { return from_bits(bits(x) & broadcast_bits(INT64_MAX)); }
+
+// x where the mask's bits are set, 0 elsewhere, be x NaN or not.
+FASTGAN_INLINE FloatVector keep(FloatVector x, Int32Vector mask) { return from_bits(bits(x) & mask); }
+FASTGAN_INLINE DoubleVector keep(DoubleVector x, Int64Vector mask) { return from_bits(bits(x) & mask); }
+
+// Lanes below count.
+template <class T> FASTGAN_INLINE Bits<T> first_lanes(int64_t count) {
+  Bits<T> lane;
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+  return lane < broadcast_bits(typename VectorOf<T>::Lane(count));
+}
+
+// min(x, limit), NaN where x is NaN.
+FASTGAN_INLINE FloatVector at_most(FloatVector x, float limit) {
+#if FASTGAN_ISA == 512
+  return (FloatVector)_mm512_maskz_min_ps(__mmask16(-1), (__m512)broadcast(limit), (__m512)x);
+#elif FASTGAN_ISA == 2
+  return (FloatVector)_mm256_min_ps((__m256)broadcast(limit), (__m256)x);
+#else
+  const Int32Vector above = x > broadcast(limit);
+  return from_bits((bits(broadcast(limit)) & above) | (bits(x) & ~above));
+#endif
+}
+FASTGAN_INLINE DoubleVector at_most(DoubleVector x, double limit) {
+#if FASTGAN_ISA == 512
+  return (DoubleVector)_mm512_maskz_min_pd(__mmask8(-1), (__m512d)broadcast(limit), (__m512d)x);
+#elif FASTGAN_ISA == 2
+  return (DoubleVector)_mm256_min_pd((__m256d)broadcast(limit), (__m256d)x);
+#else
+  const Int64Vector above = x > broadcast(limit);
+  return from_bits((bits(broadcast(limit)) & above) | (bits(x) & ~above));
+#endif
+}
+
+// sign(x) * kSign<T>: 0 for +0, and any of -1, 0, 1 times kSign for NaN. -0 doesn't count as 0.
+// AVX2 has an integer sign transfer, and 2.0f is the one float whose bits, negated as an integer, are those of -2.0f.
+template <class T> constexpr T kSign = 1;
+#if FASTGAN_ISA == 2
+template <> constexpr float kSign<float> = 2;
+#endif
+FASTGAN_INLINE FloatVector scaled_sign(FloatVector x) {
+#if FASTGAN_ISA == 512
+  // Classes, from the lowest hex digit: quiet NaN, signalling NaN, zero, +1, -inf, +inf, negative, positive.
+  // Answers: 8 is +0, 9 is -1, a is +1.
+  return (FloatVector)_mm512_fixupimm_ps((__m512)x, (__m512)x, _mm512_set1_epi32(int(0xa9a9a888u)), 0);
+#elif FASTGAN_ISA == 2
+  return (FloatVector)_mm256_sign_epi32((__m256i)broadcast(2.0f), (__m256i)x);
+#else
+  return from_bits(((bits(x) & broadcast_bits(INT32_MIN)) | bits(broadcast(1.0f))) & (x != FloatVector{}));
+#endif
+}
+FASTGAN_INLINE DoubleVector scaled_sign(DoubleVector x) {
+#if FASTGAN_ISA == 512
+  return (DoubleVector)_mm512_fixupimm_pd((__m512d)x, (__m512d)x, _mm512_set1_epi64(0xa9a9a888ll), 0);
+#else
+  return from_bits(((bits(x) & broadcast_bits(INT64_MIN)) | bits(broadcast(1.0))) & (x != DoubleVector{}));
+#endif
+}
+
+template <class T> FASTGAN_INLINE T sum(Vector<T> x) {
+  T lanes[kLanes<T>];
+  store(lanes, x);
+  for (int half = kLanes<T> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+// exp(-x) for x >= 0, to 1 ulp or so; exactly 1 at 0, exactly 0 where the result would be subnormal, NaN for NaN.
+//
+// exp(-x) = 2^n exp(-r), n = round(-x / ln 2), |r| <= ln(2) / 2. Adding 1.5 * 2^23 (2^52) rounds to an integer, and as
+// the exponent's bias is added with it the lowest bits of the sum are the exponent of 2^n: 0, which reads as the number
+// 0, where x is at its limit. Without fused multiply-add the two parts of ln 2 keep n * ln 2 exact enough.
+FASTGAN_INLINE FloatVector exp_minus(FloatVector x) {
+  x = at_most(x, 88.0f);
+  const FloatVector shifted = x * -1.44269504f + 12583039.0f;
+  const FloatVector n = shifted - 12583039.0f;
+#if FASTGAN_ISA == 0
+  const FloatVector r = (n * 0.693359375f + x) + n * -2.12194440e-4f;
+#else
+  const FloatVector r = n * 0.693147181f + x;
+#endif
+  FloatVector e = r * 0.0013843639f - 0.0083741650f;
+  e = e * r + 0.0416680028f;
+  e = e * r - 0.1666643115f;
+  e = e * r + 0.4999999420f;
+  e = e * r - 1.0000000322f;
+  e = e * r + 1.0f;
+  return e * from_bits(bits(shifted) << 23);
+}
+FASTGAN_INLINE DoubleVector exp_minus(DoubleVector x) {
+  x = at_most(x, 709.0);
+  const DoubleVector shifted = x * -1.4426950408889634 + 6755399441056767.0;
+  const DoubleVector n = shifted - 6755399441056767.0;
+  const DoubleVector r = (n * 0.693147180369123816490 + x) + n * 1.90821492927058770002e-10;
+  DoubleVector e = r * -2.4991408443696803114e-8 + 2.7631049497507795811e-7;
+  e = e * r - 2.755762686238173732e-6;
+  e = e * r + 2.4801490595603364218e-5;
+  e = e * r - 1.9841269436400399005e-4;
+  e = e * r + 1.3888888946389640735e-3;
+  e = e * r - 8.3333333335498954345e-3;
+  e = e * r + 4.1666666666517698342e-2;
+  e = e * r - 0.16666666666666216706;
+  e = e * r + 0.50000000000000125079;
+  e = e * r - 1.0;
+  e = e * r + 1.0;
+  return e * from_bits(bits(shifted) << 52);
+}
