@@ -1,0 +1,25 @@
+"""The ``fastgan`` command; ``python -m fastgan`` is the same."""
+
+import argparse
+import importlib
+import sys
+
+#: subcommand -> (module whose main(argv) runs it, help). Imported only when called: --help needs no extras.
+COMMANDS = {
+    "doctor": ("fastgan.doctor", "which kernels serve on this machine, and why"),
+    "demo": ("fastgan.demo", "train a small GAN with plain PyTorch and with fastgan, and compare"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(
+        prog="fastgan",
+        description="Fused kernels for GAN training in PyTorch.",
+        epilog="commands:\n" + "\n".join(f"  {name:10} {text}" for name, (_, text) in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="command", help="see below; each has its own --help")
+    command = parser.parse_args(argv[:1]).command
+    return importlib.import_module(COMMANDS[command][0]).main(argv[1:])

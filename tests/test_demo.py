@@ -1,0 +1,154 @@
+"""``fastgan demo``: what it writes, that its verdict can fail, and that it can't take the machine down."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fastgan
+from fastgan import cli, demo
+
+for module in demo.NEEDED:
+    pytest.importorskip(module)
+
+from fastgan.demo import compare, model, report, run, sweep  # noqa: E402
+
+CPU = torch.device("cpu")
+RUN = model.RUNS[0]
+PLOTS = ("samples", "losses", "divergence", "parts", "sweep")
+
+
+@pytest.fixture(autouse=True)
+def few_trees(monkeypatch):
+    monkeypatch.setattr(report, "TREES", 20)
+
+
+@pytest.fixture
+def no_child(monkeypatch):
+    """Without the second process: its imports would take most of a test's time."""
+    monkeypatch.setattr(demo, "_other_allocator", lambda options: None)
+
+
+def records(steps=3, factory=None):
+    each = RUN if factory is None else model.Run(**{**vars(RUN), "fastgan": factory})
+    data = model.batches(model.digits()[0], 24, 0)
+    return compare.lockstep(each, CPU, 0, data, steps, 2, lambda *_: None)[1]
+
+
+def test_writes_plots_and_results(tmp_path):
+    from matplotlib.image import imread
+
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 0
+    for plot in PLOTS:
+        image = imread(tmp_path / f"{RUN.name}-{plot}.png")
+        assert image.shape[0] > 100 and image.std() > 0.01
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert document["passed"] and document["machine"]["torch"] == torch.__version__
+    result = document["runs"][RUN.name]
+    assert result["verdict"]["passed"] and len(result["steps"]) == document["options"]["steps"]
+    assert {times["allocator"] for times in result["step times"]} == {"default", "tuned"}
+    for times in result["step times"]:
+        assert times["seconds"].keys() == RUN.layers.keys() and times["speedup over"].keys() == RUN.plain.keys()
+    assert all(share > 0 for parts in result["step parts"].values() for share in parts.values())
+    assert {"minibatch layer forward", "minibatch layer backward", "optimizers"} <= result["step parts"]["fastgan"].keys()
+
+
+def test_reproducible():
+    assert records(2) == records(2)
+
+
+class Sabotaged(fastgan.nn.MinibatchDiscrimination):
+    def forward(self, x):
+        return super().forward(x) * 1.01
+
+
+def sabotaged(*sizes):
+    return Sabotaged(*sizes, self_term=True, init_std=model.INIT_STD)
+
+
+def test_verdict_fails_on_a_wrong_layer():
+    assert compare.verdict(records())["passed"]
+    assert not compare.verdict(records(factory=sabotaged))["passed"]
+
+
+def test_verdict_fails_on_nan():
+    spoilt = records()
+    spoilt[1]["generator"]["gradient difference"] = float("nan")
+    assert not compare.verdict(spoilt)["passed"]
+
+
+def test_exit_status_tells(tmp_path, monkeypatch, no_child):
+    monkeypatch.setattr(run, "RUNS", [model.Run(**{**vars(RUN), "fastgan": sabotaged})])
+    assert demo.main(["--quick", "--steps", "2", "--out", str(tmp_path)]) == 1
+    assert not json.loads((tmp_path / "results.json").read_text())["passed"]
+
+
+def test_all_forms_agree():
+    gans = compare.make_gans(RUN, CPU, 0, torch.float64)
+    batch = next(model.batches(model.digits()[0], 16, 0))
+    losses = [gan.update("discriminator", batch).item() for gan in gans.values()]
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", RUN.plain)
+def test_predicted_memory_is_what_it_takes(name):
+    layer = RUN.plain[name](model.FEATURES, model.KERNELS, model.KERNEL_DIMS)
+    batch_size = 192 if "broadcast" in name else 512
+    predicted = sweep.predicted_bytes(layer, batch_size)
+    point = sweep.measure_point(layer, batch_size, 1 << 30, 60.0, 0.0)
+    if point["bytes"] is None:
+        pytest.skip("this system does not tell the peak")
+    assert 0.8 * predicted <= point["bytes"] <= predicted + sweep._SLACK
+
+
+def test_memory_guard_refuses():
+    layer = RUN.plain["plain broadcast"](model.FEATURES, model.KERNELS, model.KERNEL_DIMS)
+    point = sweep.measure_point(layer, 1 << 17, 1 << 30, 60.0, 0.0)
+    assert point["status"] == "over the memory budget" and "seconds" not in point
+    assert "GiB" in report._describe(point)
+
+
+@pytest.mark.skipif(sweep.resource is None or sys.platform != "linux", reason="needs RLIMIT_AS")
+def test_memory_guard_catches_what_was_not_predicted(monkeypatch):
+    monkeypatch.setattr(sweep, "predicted_bytes", lambda *_: None)
+    layer = RUN.plain["plain broadcast"](model.FEATURES, model.KERNELS, model.KERNEL_DIMS)
+    point = sweep.measure_point(layer, 1024, 256 << 20, 60.0, 0.0)
+    assert point["status"] == "out of memory"
+    torch.empty(400 << 20, dtype=torch.uint8)  # the limit is gone afterwards
+
+
+def test_budget_is_at_most_half_of_what_is_free(monkeypatch):
+    monkeypatch.setattr(sweep.psutil, "virtual_memory", lambda: SimpleNamespace(available=4 << 30))
+    assert sweep.memory_budget(100.0, CPU) == 2 << 30
+    assert sweep.memory_budget(1.0, CPU) == 1 << 30
+
+
+def test_allocator_option_starts_a_child(monkeypatch):
+    seen = {}
+
+    def pretend(command, env, **_):
+        seen.update(command=command, env=env)
+        return subprocess.CompletedProcess(command, 7)
+
+    monkeypatch.setattr(demo.subprocess, "run", pretend)
+    monkeypatch.setattr(demo.measure, "allocator", lambda: "default")
+    assert demo.main(["--quick", "--allocator", "tuned"]) == 7
+    assert seen["env"].items() >= demo.measure.TUNED_ALLOCATOR.items() and "--allocator" in seen["command"]
+
+
+def test_missing_extras_are_named(monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else find(name))
+    assert demo.main(["--quick"]) == 2
+    assert capsys.readouterr().err == "fastgan demo: scikit-learn missing; pip install 'fastgan[train]'\n"
+
+
+def test_help_needs_no_extras():
+    code = "import sys; from fastgan.cli import main\ntry: main([{}])\nfinally: assert not {{'rich', 'matplotlib', 'sklearn'}} & set(sys.modules)"
+    for arguments in ("'--help'", "'demo', '--help'"):
+        child = subprocess.run([sys.executable, "-c", code.format(arguments)], capture_output=True, text=True)
+        assert child.returncode == 0 and "demo" in child.stdout, child.stderr
