@@ -22,8 +22,8 @@ def missing_extras() -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     style = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(prog="fastgan demo", description=__doc__, formatter_class=style)
-    parser.add_argument("--steps", type=_positive, default=240, help="training steps, each compared")
-    parser.add_argument("--batch-size", type=_positive, default=128, help="samples per step")
+    parser.add_argument("--steps", type=_at_least_two, default=240, help="training steps, each compared")
+    parser.add_argument("--batch-size", type=_at_least_two, default=128, help="samples per step")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for plots and results.json")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
+def _at_least_two(text: str) -> int:
     value = int(text)
     if value < 2:
         raise argparse.ArgumentTypeError(f"{value} is too few, expected at least 2")

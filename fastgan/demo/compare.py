@@ -40,7 +40,7 @@ def lockstep(
     """Train with fastgan; before each update the plain twin takes over its state and makes the same update.
 
     Every ``audit_every`` steps an fp64 twin does so too: distance from it is error, for either.
-    ``after_step(record, gan)`` is called after each step. Returns the trained Gan and a record per step.
+    ``after_step(record)`` is called after each step. Returns the trained Gan and a record per step.
     """
     gans = make_gans(run, device, seed)
     ours, plain = gans["fastgan"], gans[run.best_plain]
@@ -66,7 +66,7 @@ def lockstep(
                             results[name][quantity], results["truth"][quantity]
                         )
         records.append(record)
-        after_step(record, ours)
+        after_step(record)
     return ours, records
 
 

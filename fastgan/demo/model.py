@@ -193,7 +193,7 @@ class Gan:
         self.discriminator = Discriminator(layer).to(device, dtype)
         self.optimizers = {
             role: torch.optim.Adam(getattr(self, role).parameters(), lr=rate, betas=(0.5, 0.99))
-            for role, rate in zip(ROLES, (4e-4, 1e-3), strict=True)
+            for role, rate in zip(ROLES, (1e-3, 2e-3), strict=True)
         }
 
     def copy_from(self, other: "Gan") -> "Gan":
@@ -220,7 +220,7 @@ class Gan:
         self.discriminator.requires_grad_(trains_discriminator)
         with watch("generator forward"), torch.set_grad_enabled(not trains_discriminator):
             fake = self.generator(batch.discriminator_noise if trains_discriminator else batch.generator_noise)
-        with watch("discriminator forward"):
+        with watch("rest of discriminator forward"):
             if trains_discriminator:
                 loss = F.softplus(-self.discriminator(batch.real)).mean() + F.softplus(self.discriminator(fake)).mean()
             else:

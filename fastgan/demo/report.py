@@ -93,6 +93,8 @@ def print_times(console: Console, result: dict) -> None:
             row += [_spread(times["seconds"][name], 1e3, " ms", 0), _spread(speedup, 1, "x", 2) if speedup else ""]
         table.add_row(name, *row, style="bold" if name == "fastgan" else None)
     console.print(table)
+    for times in result["step times"]:
+        console.print(f"Fastest plain form with the {times['allocator']} allocator: {times['fastest plain']}.")
 
 
 def print_parts(console: Console, result: dict) -> None:
@@ -164,7 +166,7 @@ def _grid(images: Tensor) -> Tensor:
 def plot_samples(path: Path, real: Tensor, generated: Tensor, steps: int) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.1))
     for axis, images, title in zip(axes, (real, generated), ("real digits", f"generated after {steps} steps"), strict=True):
-        axis.imshow(_grid(images), cmap="gray_r", vmin=-1, vmax=1)
+        axis.imshow(_grid(images).numpy(), cmap="gray_r", vmin=-1, vmax=1)
         axis.set_title(title)
         axis.set_axis_off()
     _save(figure, path)
@@ -200,7 +202,7 @@ def plot_divergence(path: Path, distances: dict[str, list[float]]) -> None:
 
 
 def plot_sweep(path: Path, points: dict[str, list[dict]], budget: int, total: int) -> None:
-    figure, (time, memory) = plt.subplots(1, 2, figsize=(11, 4.2))
+    figure, (time, memory) = plt.subplots(1, 2, figsize=(12, 4.2))
     for name, row in points.items():
         colour = COLOURS.get(name, GREY)
         done = [point for point in row if point["status"] == "measured"]
@@ -213,11 +215,15 @@ def plot_sweep(path: Path, points: dict[str, list[dict]], budget: int, total: in
             memory.loglog([p["batch_size"] for p in rest], predicted, ":", color=colour, label=f"{name}, predicted")
     memory.axhline(budget / 2**20, color=GREY, linestyle="--", linewidth=1, label="budget of this sweep")
     memory.axhline(total / 2**20, color="black", linestyle="--", linewidth=1, label="memory of this machine")
-    time.set(xlabel="batch size", ylabel="milliseconds", title="time")
-    memory.set(xlabel="batch size", ylabel="MiB", title="peak memory")
+    time.set(ylabel="milliseconds", title="time")
+    memory.set(ylabel="MiB", title="peak memory")
+    sizes = [point["batch_size"] for point in next(iter(points.values()))]
     for axis in (time, memory):
-        axis.set_xscale("log", base=2)
-        axis.legend(fontsize=8)
+        axis.set(xlabel="batch size", xlim=(0.8 * sizes[0], 1.25 * sizes[-1]))
+        axis.set_xticks(sizes, map(str, sizes))
+        axis.minorticks_off()
+    time.legend(fontsize=8, loc="upper left")
+    memory.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(f"Minibatch discrimination, forward + backward, {KERNELS} kernels of {KERNEL_DIMS} dimensions")
     _save(figure, path)
 

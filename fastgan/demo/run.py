@@ -11,14 +11,11 @@ import psutil
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastgan import backends, measure
 from fastgan.demo import compare, report, sweep
-from fastgan.demo.model import RUNS, Gan, Run, batches, digits
+from fastgan.demo.model import RUNS, Run, batches, digits
 
-#: Averaging the generator's weights smooths its samples; the length is that of about 50 steps.
-AVERAGING = 0.98
 JUDGED = 1000  # samples
 
 
@@ -99,16 +96,12 @@ def _one(run: Run, options: argparse.Namespace, console: Console) -> dict:
         untrained = report.sample(
             compare.make_gans(run, device, options.seed)["fastgan"].generator, JUDGED, options.seed, device
         )
-        average = None
 
-        def after_step(record: dict, gan: Gan) -> None:
-            nonlocal average
-            average = average or AveragedModel(gan.generator, multi_avg_fn=get_ema_multi_avg_fn(AVERAGING), use_buffers=True)
-            average.update_parameters(gan.generator)
+        def after_step(record: dict) -> None:
             losses = f"loss D {record['discriminator']['fastgan loss']:.3f}  G {record['generator']['fastgan loss']:.3f}"
             progress.update(training, advance=1, note=losses)
 
-        _, records = compare.lockstep(run, device, options.seed, data, options.steps, 2 if quick else 10, after_step)
+        trained_gan, records = compare.lockstep(run, device, options.seed, data, options.steps, 2 if quick else 10, after_step)
         verdict = compare.verdict(records)
         distances = compare.divergence(run, device, options.seed, data, free_steps, lambda: progress.advance(running_free))
 
@@ -123,7 +116,7 @@ def _one(run: Run, options: argparse.Namespace, console: Console) -> dict:
 
         budget = sweep.memory_budget(options.memory_budget, device)
         points = sweep.sweep(run.layers, device, sizes, budget, 0.5 if quick else 8.0, lambda: progress.advance(sweeping))
-    trained = report.sample(average, JUDGED, options.seed, device)
+    trained = report.sample(trained_gan.generator, JUDGED, options.seed, device)
 
     def plot(kind: str) -> Path:
         return options.out / f"{run.name}-{kind}.png"
