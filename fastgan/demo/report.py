@@ -232,7 +232,7 @@ def plot_parts(path: Path, parts: dict[str, dict[str, float]]) -> None:
     figure, axis = plt.subplots(figsize=(9, 0.7 * len(parts) + 1.6))
     names = list(parts)[::-1]
     left = dict.fromkeys(names, 0.0)
-    palette = ("#30638e", "#5b9bd5", "#edae49", "#d1495b", "#9bb8d3", "#c9c9c9")
+    palette = ("#30638e", "#5b9bd5", "#edae49", "#9bb8d3", "#d1495b", "#c9c9c9")
     for part, colour in zip(parts["fastgan"], palette, strict=True):
         widths = [1e3 * parts[name][part] for name in names]
         axis.barh(names, widths, left=list(left.values()), color=colour, label=part)

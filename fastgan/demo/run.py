@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastgan import backends, measure
 from fastgan.demo import compare, report, sweep
@@ -37,6 +37,10 @@ def measure_times(run: Run, options: argparse.Namespace) -> dict:
 def demo(options: argparse.Namespace, other_allocator: Callable) -> int:
     """Run all of ``RUNS``, print and write what they show; the exit status."""
     console = Console() if sys.stdout.isatty() else Console(width=130)
+    available = len(digits()[0])
+    if options.batch_size > available:
+        console.print(f"[red]--batch-size {options.batch_size} is more than the {available} digits there are[/]")
+        return 2
     options.out.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     serving = {op: backends.serving(op, _device(options).type) for run in RUNS for op in run.operators}
@@ -84,6 +88,7 @@ def _one(run: Run, options: argparse.Namespace, console: Console) -> dict:
         TextColumn("{task.description:24}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )

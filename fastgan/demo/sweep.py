@@ -69,26 +69,28 @@ def measure_point(layer: nn.Module, batch_size: int, budget: int, patience: floa
         return point | {"status": "over the time limit"}
     features = torch.randn(batch_size, FEATURES, device=device, requires_grad=True)
 
+    seconds = []
+
     def forward_backward():
+        start = time.perf_counter()
         layer(features)[:, FEATURES:].sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
 
     try:
         with address_space_limit(budget + _SLACK, device):
             if expected_seconds < patience / 20:  # the first call of a process or a size pays for what later ones reuse
                 forward_backward()
-            start = time.perf_counter()
             peak = measure.peak_memory(forward_backward)
-            once = time.perf_counter() - start
-            if once < patience / 20:
-                times = measure.interleaved(
-                    {"layer": forward_backward}, seconds=patience / 20, min_rounds=3, max_rounds=20, warmup=0
-                )
-                once = measure.Spread.of(times["layer"]).median
+            if seconds[-1] < patience / 20:
+                times = measure.interleaved({"layer": forward_backward}, seconds=patience / 40, min_rounds=3, warmup=1)
+                seconds = [measure.Spread.of(times["layer"]).median]
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "alloc" not in str(error) and "memory" not in str(error):
             raise
         return point | {"status": "out of memory", "message": str(error).splitlines()[0] if str(error) else "MemoryError"}
-    return point | {"status": "measured", "seconds": once, "bytes": peak}
+    return point | {"status": "measured", "seconds": seconds[-1], "bytes": peak}
 
 
 def sweep(
