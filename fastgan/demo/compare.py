@@ -14,8 +14,8 @@ QUANTITIES = ("loss", "gradient")
 #: How much larger than plain PyTorch's own rounding error a difference may be. Two results that are each one such error
 #: from the truth are up to 2 apart; the errors are sampled, so as much again is left for the steps in between.
 ALLOWED = 4.0
-#: Rounding error granted to a result that happens to agree with fp64 exactly.
-LEAST_ERROR = 4 * torch.finfo(torch.float32).eps
+#: Rounding error granted at least, for steps that happen to agree with fp64 almost exactly.
+LEAST_ERROR = 16 * torch.finfo(torch.float32).eps
 
 
 def make_gans(run: Run, device: torch.device, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Gan]:
@@ -71,22 +71,26 @@ def lockstep(
 
 
 def verdict(records: list[dict]) -> dict:
-    """Does rounding explain every difference? The yardstick is plain PyTorch's own error against fp64."""
+    """Does rounding explain every difference? The yardstick is plain PyTorch's own error against fp64.
+
+    Its median, for now and then a rounding takes an activation across a kink, in either run alike, and then fp32 is far
+    from fp64: the largest error would excuse wrong gradients.
+    """
     rows = []
     for role in ROLES:
         for quantity in QUANTITIES:
             steps = [record[role] for record in records]
             audited = [record[role] for record in records if record["audited"]]
-            plain_error = _largest(step[f"{quantity} error of plain"] for step in audited)
-            fastgan_error = _largest(step[f"{quantity} error of fastgan"] for step in audited)
+            plain_error = statistics.median(step[f"{quantity} error of plain"] for step in audited)
+            fastgan_error = statistics.median(step[f"{quantity} error of fastgan"] for step in audited)
             difference = _largest(step[f"{quantity} difference"] for step in steps)
             limit = ALLOWED * max(plain_error, LEAST_ERROR)
             rows.append(
                 {
                     "what": f"{role} {quantity}",
                     "largest difference": difference,
-                    "fp64 error of plain": plain_error,
-                    "fp64 error of fastgan": fastgan_error,
+                    "median fp64 error of plain": plain_error,
+                    "median fp64 error of fastgan": fastgan_error,
                     "limit": limit,
                     "passed": difference <= limit and fastgan_error <= limit,  # False for NaN
                 }

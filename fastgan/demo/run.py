@@ -82,7 +82,7 @@ def _one(run: Run, options: argparse.Namespace, console: Console) -> dict:
     images, labels = digits()
     judge = report.Judge(images, labels, options.seed)
     data = _data(options)
-    free_steps = 4 if quick else 50
+    free_steps = 4 if quick else 40
     sizes = [2**i for i in (range(5, 7) if quick else range(6, 14))]
     columns = (
         TextColumn("{task.description:24}"),
@@ -114,7 +114,7 @@ def _one(run: Run, options: argparse.Namespace, console: Console) -> dict:
         progress.advance(timing)
         gans = compare.make_gans(run, device, options.seed)
         batch = next(data)
-        parts = compare.step_parts(gans, batch, rounds=2 if quick else 7)
+        parts = compare.step_parts(gans, batch, rounds=2 if quick else 5)
         progress.advance(timing)
         memory = compare.step_memory(gans, batch)
         progress.advance(timing)
