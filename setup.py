@@ -8,6 +8,7 @@ CUDA_HOME, NVCC      where nvcc is, when it is not on PATH. Neither a GPU nor a 
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,13 @@ def find_nvcc() -> str | None:
     except ImportError:
         pass
     return next((c for c in candidates if c and os.access(c, os.X_OK)), None)
+
+
+def toolkit(nvcc: str) -> Path:
+    """The folder nvcc belongs to, as it says itself: the command on PATH may be a script or a link."""
+    plan = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
+    return Path(top[1]).resolve() if top else Path(nvcc).resolve().parent.parent
 
 
 def what_to_build() -> tuple[str, str]:
@@ -116,7 +124,7 @@ def extension(kind: str) -> dict:
         """With nvcc alone: torch's own CUDAExtension insists on a CUDA build of torch."""
         nvcc, objects = find_nvcc(), []
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-            output = build / f"{source.stem}.cu.o"
+            output = build / f"{source.stem}.{archs}.cu.o"
             newest = max(p.stat().st_mtime for p in (*(ROOT / "csrc").rglob("*.[ch]*"), source))
             if not output.exists() or output.stat().st_mtime < newest:
                 flags = [
@@ -135,15 +143,9 @@ def extension(kind: str) -> dict:
 
     link = []
     if kind == "cuda":
-        home = Path(find_nvcc()).resolve().parent.parent
-        where = next(
-            (
-                p
-                for p in (home / "lib64", home / "lib", home / "targets/x86_64-linux/lib")
-                if (p / "libcudart_static.a").exists()
-            ),
-            None,
-        )
+        home = toolkit(find_nvcc())
+        libraries = (home / "lib64", home / "lib", home / "targets/x86_64-linux/lib")
+        where = next((path for path in libraries if (path / "libcudart_static.a").exists()), None)
         if where is None:
             raise SystemExit(
                 f"fastgan: libcudart_static.a is nowhere under {home} (pip install 'fastgan[cuda-build]' brings it)"

@@ -231,7 +231,7 @@ def _launch(kernel, m: Tensor, *arguments, vectors: int, per_component: bool, **
 
 
 def minibatch_discrimination(m: Tensor, self_term: bool) -> Tensor:
-    B, K, D = m.shape
+    B, K, _ = m.shape
     out = m.new_empty(B, K)
     if m.numel() == 0:  # D = 0: every distance is 0
         return out.fill_(B if self_term else B - 1)

@@ -1,0 +1,79 @@
+"""The CUDA C++ kernels of minibatch discrimination in the built extension: slots, resources, and PTX in emulation."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from gpu_tools import array, cuda_ptx, cuda_usage, emulator
+from samples import inputs
+
+from fastgan import backends
+from fastgan.ops import references
+
+pytestmark = pytest.mark.gpu_check
+
+WARPS = 4
+OPERATORS = [op for op in references if op.startswith("minibatch_discrimination")]
+# operator -> (Tangent, Components) of the kernel template
+TEMPLATE = {"": (0, 0), "_backward": (0, 1), "_jvp": (1, 0), "_double_backward": (1, 1)}
+DTYPES = {torch.float16: "6__half", torch.bfloat16: "13__nv_bfloat16", torch.float32: "f", torch.float64: "d"}
+
+
+def describe(mangled: str) -> str:
+    dtype, chunk, *template = re.search(r"pairsI(\w+?)Li(\d+)ELb(\d)ELb(\d)E", mangled).groups()
+    (op,) = (op for op, flags in TEMPLATE.items() if flags == tuple(map(int, template)))
+    (name,) = (str(torch_dtype).removeprefix("torch.") for torch_dtype, letters in DTYPES.items() if letters == dtype)
+    return f"cuda {op.strip('_') or 'forward'} {name} D<={chunk}"
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_extension_fills_the_cuda_slot(op):
+    if not backends.extension.loaded or backends.extension.record["cuda"] == "none":
+        pytest.skip("fastgan._C is not built with CUDA (FASTGAN_BUILD=cuda python setup.py build_ext --inplace)")
+    assert (op, "CUDA") in backends.extension.slots
+
+
+def test_resources():
+    usages = cuda_usage()
+    assert len({kernel for kernel, _ in usages}) == len(OPERATORS) * len(DTYPES) * 2
+    for (kernel, arch), usage in usages.items():
+        assert usage.spills == 0, (describe(kernel), arch)
+        assert usage.registers <= 192, (describe(kernel), arch)
+        assert usage.shared <= 16 << 10, (describe(kernel), arch)
+
+
+@pytest.fixture(scope="module")
+def program():
+    ptxemu = emulator()
+    return ptxemu, ptxemu.load(cuda_ptx())
+
+
+CASES = [(37, 3, 5, torch.float32), (65, 2, 16, torch.float32), (33, 1, 18, torch.float32), (9, 2, 50, torch.float32)]
+CASES += [(35, 2, 5, dtype) for dtype in (torch.float16, torch.bfloat16, torch.float64)]
+
+
+@pytest.mark.parametrize(("b", "k", "d", "dtype"), CASES)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_emulated_ptx(op, b, k, d, dtype, program, record_property):
+    ptxemu, loaded = program
+    tangent, components = TEMPLATE[op.removeprefix("minibatch_discrimination")]
+    chunk = 8 if d <= 8 else 16
+    mangled = f"pairsI{DTYPES[dtype]}Li{chunk}ELb{tangent}ELb{components}E"
+    (kernel,) = (name for name in loaded.kernels if mangled in name)
+    values = inputs(op, (b, k, d), dtype)
+    *before, m = (v for v in values if isinstance(v, torch.Tensor))
+    v, grad = (before[0] if tangent else None), (before[-1] if components else None)
+    outputs = {(b, k): tangent or not components, (b, k, d): components}
+    outputs = [torch.empty(shape, dtype=dtype) if wanted else None for shape, wanted in outputs.items()]
+    arguments = [array(x.contiguous()) if x is not None else None for x in (m, v, grad)]
+    arguments += [ptxemu.Buf(array(x), out=True) if x is not None else None for x in outputs]
+    blocks = -(-b // 32) * k * (-(-d // chunk) if components else 1)
+    loaded.launch(kernel, blocks, WARPS * 32, [*arguments, b, k, d, 0], on_uninit="raise")
+    expected = references[op](*(x.double() if isinstance(x, torch.Tensor) else x for x in values))
+    expected = (expected,) if isinstance(expected, torch.Tensor) else expected
+    for ours, truth in zip((x for x in outputs if x is not None), expected, strict=True):
+        error = ((ours.double() - truth).abs().max() / truth.abs().max()).item()
+        record_property("error", error)
+        assert np.isfinite(error)
+        assert error < {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
