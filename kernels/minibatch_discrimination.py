@@ -220,6 +220,15 @@ def _transposed(x: Tensor) -> Tensor:
     return x.permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
 
 
+def _check(m: Tensor, tensor: Tensor, dims: int) -> None:
+    """Kernels trust these: another shape would have them read past the end."""
+    if (tensor.shape, tensor.dtype, tensor.device) != (m.shape[:dims], m.dtype, m.device):
+        raise RuntimeError(
+            f"minibatch discrimination: a gradient or tangent has shape {tuple(tensor.shape)}, {tensor.dtype} on "
+            f"{tensor.device}, expected {tuple(m.shape[:dims])}, {m.dtype} on {m.device}"
+        )
+
+
 def _launch(kernel, m: Tensor, *arguments, vectors: int, per_component: bool, **constants) -> None:
     B, K, D = m.shape
     blocks = block_shape(B, K, D, vectors, 1024 if m.is_cuda else 1)  # the interpreter runs one program at a time
@@ -240,6 +249,7 @@ def minibatch_discrimination(m: Tensor, self_term: bool) -> Tensor:
 
 
 def minibatch_discrimination_backward(grad: Tensor, m: Tensor) -> Tensor:
+    _check(m, grad, 2)
     B, K, _ = m.shape
     out = m.new_empty(m.shape)
     if m.numel():
@@ -248,6 +258,7 @@ def minibatch_discrimination_backward(grad: Tensor, m: Tensor) -> Tensor:
 
 
 def minibatch_discrimination_jvp(t: Tensor, m: Tensor) -> Tensor:
+    _check(m, t, 3)
     B, K, _ = m.shape
     out = m.new_empty(B, K)
     if m.numel() == 0:
@@ -257,6 +268,8 @@ def minibatch_discrimination_jvp(t: Tensor, m: Tensor) -> Tensor:
 
 
 def minibatch_discrimination_double_backward(v: Tensor, grad: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    _check(m, grad, 2)
+    _check(m, v, 3)
     B, K, _ = m.shape
     out_grad, out_m = m.new_empty(B, K), m.new_empty(m.shape)
     if m.numel() == 0:
