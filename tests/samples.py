@@ -15,6 +15,7 @@ from torch import Tensor
 class Operator:
     make: Callable[..., tuple]  # (*shape, dtype, generator) -> inputs
     shapes: tuple[tuple[int, ...], ...]  # for values: odd, empty, one, past every tile
+    interpreted: tuple[tuple[int, ...], ...]  # the same for Triton's interpreter, which takes seconds for the larger ones
     small: tuple[tuple[int, ...], ...]  # for numeric derivatives
     large: tuple[int, ...]  # for thread and memory questions
     differentiable: bool = True  # in reverse mode
@@ -54,9 +55,10 @@ _BKD = (
     (19, 3, 50),
     (300, 1, 1),
 )
+_INTERPRETED = ((1, 1, 1), (7, 5, 3), (33, 2, 5), (5, 1, 35), (66, 1, 2))
 _EMPTY = ((0, 3, 4), (5, 0, 4), (5, 3, 0))
-_SMALL = ((1, 2, 3), (5, 2, 3), (6, 1, 1))
-_mbd = {"shapes": _BKD + _EMPTY, "small": _SMALL, "large": (257, 9, 16)}
+_SMALL = ((2, 2, 2), (5, 2, 3), (6, 1, 1))
+_mbd = {"shapes": _BKD + _EMPTY, "interpreted": _INTERPRETED + _EMPTY, "small": _SMALL, "large": (257, 9, 16)}
 
 OPERATORS: dict[str, Operator] = {
     "minibatch_discrimination": Operator(lambda *a: (_m(*a), False), **_mbd),

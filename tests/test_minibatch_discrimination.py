@@ -70,8 +70,8 @@ def test_one_sample(backend):
 
 
 def test_half_precision_accumulates_in_float32(backend):
-    m = torch.zeros(3000, 1, 2, dtype=torch.bfloat16)  # bfloat16 alone stops counting at 256
-    assert minibatch_discrimination(m).float().min() > 2900
+    m = torch.zeros(300, 1, 1, dtype=torch.bfloat16)  # bfloat16 alone stops counting at 256
+    assert minibatch_discrimination(m).float().min() > 290
 
 
 def penalised(function, m, weight):

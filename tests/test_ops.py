@@ -1,5 +1,7 @@
 """The battery: every operator, on every backend, against its fp64 reference. Inputs come from samples.py."""
 
+import os
+
 import pytest
 import torch
 from samples import LAYOUTS, OPERATORS, inputs, map_tensors
@@ -8,8 +10,12 @@ from fastgan.ops import references
 
 OPS = list(OPERATORS)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-CASES = [(op, shape) for op, operator in OPERATORS.items() for shape in operator.shapes]
-SMALL = [(op, shape) for op, operator in OPERATORS.items() for shape in operator.small]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CASES = [
+    (op, shape) for op, operator in OPERATORS.items() for shape in (operator.interpreted if INTERPRETED else operator.shapes)
+]
+# numeric derivatives call an operator hundreds of times
+SMALL = [(op, shape) for op, operator in OPERATORS.items() for shape in operator.small[: 1 if INTERPRETED else None]]
 
 
 def name_of(case):
@@ -77,7 +83,7 @@ def test_values(backend, poisoned, op, shape, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", OPS)
 def test_layouts(backend, poisoned, op, layout):
-    values = map_tensors(LAYOUTS[layout], inputs(op, OPERATORS[op].shapes[3], torch.float32))
+    values = map_tensors(LAYOUTS[layout], inputs(op, OPERATORS[op].interpreted[2], torch.float32))
     before = map_tensors(torch.clone, values)
     assert_close_to_truth(op, values, call(op, *values))
     for value, copy in zip(values, before, strict=True):
@@ -95,7 +101,7 @@ def test_gradcheck(backend, op, shape):
 def test_gradgradcheck(backend):
     for op, operator in OPERATORS.items():
         if operator.forward_mode:  # the operators users call, not the last derivatives
-            values = requiring_grad(inputs(op, operator.small[1]))
+            values = requiring_grad(inputs(op, operator.small[0 if INTERPRETED else 1]))
             if op.endswith("_backward"):
                 continue
             assert torch.autograd.gradgradcheck(lambda *v, op=op: call(op, *v), values)
@@ -152,7 +158,7 @@ def test_compile_fullgraph(backend, op, compiler):
 
 @pytest.mark.parametrize("op", OPS)
 def test_same_bits_again(backend, op):
-    values = inputs(op, OPERATORS[op].large if backend != "triton" else OPERATORS[op].shapes[3], torch.float32)
+    values = inputs(op, OPERATORS[op].interpreted[2] if INTERPRETED else OPERATORS[op].large, torch.float32)
     first = tensors(call(op, *values))
     threads = torch.get_num_threads()
     try:
