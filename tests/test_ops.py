@@ -55,17 +55,20 @@ def own_errors(op, values):
 
 
 def assert_close_to_truth(op, values, results):
-    """Error against float64 at most twice that of plain torch in the same dtype, or of one rounding of the result."""
+    """Error against float64 at most twice that of plain torch in the same dtype, or of one rounding of the result.
+
+    Float64 is compared with plain torch in float64, whose own error comes on top.
+    """
     truths = tensors(references[op](*map_tensors(torch.Tensor.double, values)))
     dtype = next(value.dtype for value in values if isinstance(value, torch.Tensor))
-    eps = torch.finfo(dtype).eps
+    eps, factor = torch.finfo(dtype).eps, 3 if dtype == torch.float64 else 2
     for result, truth, own in zip(tensors(results), truths, own_errors(op, values), strict=True):
         assert result.shape == truth.shape
         assert result.dtype == dtype
         if truth.numel() == 0:
             continue
         error, rounding = error_of(result, truth), eps * truth.square().mean().sqrt().item()
-        assert error <= 2 * max(own, rounding / 2), f"error {error:.3g}, torch's own {own:.3g}, rounding {rounding:.3g}"
+        assert error <= factor * max(own, rounding / 2), f"error {error:.3g}, torch's own {own:.3g}, rounding {rounding:.3g}"
         assert (result.double() - truth).abs().max() <= 16 * max(own, rounding), "one element is off by far more than the rest"
 
 
