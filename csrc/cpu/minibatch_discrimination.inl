@@ -21,37 +21,46 @@ template <class T> struct BlockPair {
   bool same, self_term;
 };
 
-template <class T, bool tangent, int I, int J>
-FASTGAN_INLINE void pair_values(const T* xi, const T* xj, int64_t D, Vector<T> (&value)[I][J]) {
+// Adds coordinates d .. d + count to the distances and p. The distance grows by the sum of the chunk: fewer roundings at
+// its full size, and a shorter chain of additions.
+template <class T, bool tangent, int I, int J, int count>
+FASTGAN_INLINE void add_coordinates(const T* xi, const T* xj, int64_t tangents, Vector<T> (&distance)[I][J], Vector<T> (&p)[I][J]) {
   using V = Vector<T>;
   constexpr int64_t stride = kStride<T>;
-  V distance[I][J] = {}, p[I][J] = {};
-  const T *vi = xi + D * stride, *vj = xj + D * stride;
-  for (int64_t d = 0; d < D; ++d) {
-    V x[J], v[J];
+#pragma GCC unroll 8
+  for (int i = 0; i < I; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) {
-      x[j] = load(xj + d * stride + j * kLanes<T>);
-      if (tangent) v[j] = load(vj + d * stride + j * kLanes<T>);
-    }
+      V parts[count];
 #pragma GCC unroll 8
-    for (int i = 0; i < I; ++i) {
-      const V a = broadcast(xi[d * stride + i]);
-      const V b = tangent ? broadcast(vi[d * stride + i]) : a;
-#pragma GCC unroll 8
-      for (int j = 0; j < J; ++j) {
-        const V difference = x[j] - a;
-        distance[i][j] += absolute(difference);
-        if (tangent) p[i][j] += scaled_sign(difference) * (v[j] - b);
+      for (int c = 0; c < count; ++c) {
+        const V delta = difference(load(xj + c * stride + j * kLanes<T>), broadcast(xi[c * stride + i]));
+        parts[c] = absolute(delta);
+        if constexpr (tangent) {
+          const V slope = load(xj + tangents + c * stride + j * kLanes<T>) - broadcast(xi[tangents + c * stride + i]);
+          p[i][j] += scaled_sign(delta) * slope;
+        }
       }
+      if constexpr (count == 4)
+        distance[i][j] += (parts[0] + parts[1]) + (parts[2] + parts[3]);
+      else
+        distance[i][j] += parts[0];
     }
-  }
+}
+
+template <class T, bool tangent, int I, int J>
+FASTGAN_INLINE void pair_values(const T* xi, const T* xj, int64_t D, Vector<T> (&value)[I][J]) {
+  constexpr int64_t stride = kStride<T>;
+  Vector<T> distance[I][J] = {}, p[I][J] = {};
+  int64_t d = 0;
+  for (; d + 4 <= D; d += 4) add_coordinates<T, tangent, I, J, 4>(xi + d * stride, xj + d * stride, D * stride, distance, p);
+  for (; d < D; ++d) add_coordinates<T, tangent, I, J, 1>(xi + d * stride, xj + d * stride, D * stride, distance, p);
 #pragma GCC unroll 8
   for (int i = 0; i < I; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) {
       value[i][j] = exp_minus(distance[i][j]);
-      if (tangent) value[i][j] *= p[i][j];
+      if constexpr (tangent) value[i][j] *= p[i][j];
     }
 }
 
@@ -123,7 +132,7 @@ template <class T, Operator op> struct Tile {
       finish<1>(value, c, sums_i, masks);
     }
     if constexpr (Flags::values)
-      for (int i = 0; i < I; ++i) block.totals_i[Flags::value_row(D) * stride + i0 + i] += sum<T>(sums_i[i]);
+      add_lane_sums<T, I>(sums_i, block.totals_i + Flags::value_row(D) * stride + i0);
   }
 
   void scatter(int64_t diagonal, int64_t first, int64_t last) const {
@@ -131,25 +140,27 @@ template <class T, Operator op> struct Tile {
       const T* xj = block.j + d * stride;
       T* out = block.sums_j + d * stride;
       V a[I], sums_i[I] = {};
+#pragma GCC unroll 8
       for (int i = 0; i < I; ++i) a[i] = broadcast(block.i[d * stride + i0 + i]);
       if (diagonal >= 0) {
         V sum_j = load(out + diagonal * N);
+#pragma GCC unroll 8
         for (int i = 0; i < I; ++i)
           sum_j += load(weights + i * kRows + diagonal * N) * scaled_sign(load(xj + diagonal * N) - a[i]);
         store(out + diagonal * N, sum_j);
       }
       for (int64_t c = first; c < last; ++c) {
         const V x = load(xj + c * N);
-        V sum_j = load(out + c * N);
+        V sum_j = {};
 #pragma GCC unroll 8
         for (int i = 0; i < I; ++i) {
           const V w = load(weights + i * kRows + c * N), sign = scaled_sign(x - a[i]);
-          sum_j += w * sign;
+          sum_j = i == 0 ? w * sign : sum_j + w * sign;
           sums_i[i] -= w * sign;
         }
-        store(out + c * N, sum_j);
+        store(out + c * N, load(out + c * N) + sum_j);
       }
-      for (int i = 0; i < I; ++i) block.totals_i[d * stride + i0 + i] += sum<T>(sums_i[i]);
+      add_lane_sums<T, I>(sums_i, block.totals_i + d * stride + i0);
     }
   }
 };
@@ -192,9 +203,23 @@ void pairs(const T* packed, double* totals, T* scratch, int64_t B, int64_t D, bo
 
 // Packing. Coordinates lie in rows of samples. -0 becomes +0, which scaled_sign wants; the factor turns grad and v into
 // what makes sums of scaled signs come out as the specification's: its minus sign, and 1 / kSign.
-template <class S, class T> FASTGAN_INLINE void pack_row(const S* in, int64_t in_stride, int64_t rows, T factor, T* out) {
-  for (int64_t r = 0; r < rows; ++r) out[r] = T(in[r * in_stride]) * factor + T(0);
-  for (int64_t r = rows; r % kLanes<T> != 0; ++r) out[r] = 0;
+template <class S, class T>
+FASTGAN_INLINE void pack_rows(const Strided& in, int64_t b, int64_t k, int64_t rows, int64_t D, T factor, T* out) {
+  constexpr int N = kLanes<T>;
+  int64_t r = 0;
+  for (; r + N <= rows; r += N) {
+    const S* from = in.at<S>(b + r, k, 0);
+    for (int64_t d = 0; d < D; ++d) {
+      Vector<T> x;
+#pragma GCC unroll 16
+      for (int lane = 0; lane < N; ++lane) x[lane] = T(from[lane * in.stride[0] + d * in.stride[2]]);
+      store(out + d * kStride<T> + r, x * broadcast(factor) + broadcast(T(0)));
+    }
+  }
+  for (; r < rows || r % N != 0; ++r) {
+    const S* from = r < rows ? in.at<S>(b + r, k, 0) : nullptr;
+    for (int64_t d = 0; d < D; ++d) out[d * kStride<T> + r] = from ? T(from[d * in.stride[2]]) * factor + T(0) : T(0);
+  }
 }
 
 template <class S, class T, Operator op> void pack(const Problem& problem, int64_t k, T* packed) {
@@ -202,13 +227,9 @@ template <class S, class T, Operator op> void pack(const Problem& problem, int64
   const int64_t D = problem.D;
   for (int64_t b = 0; b < problem.B; b += kRows, packed += Flags::packed_rows(D) * kStride<T>) {
     const int64_t rows = problem.B - b < kRows ? problem.B - b : kRows;
-    for (int64_t d = 0; d < D; ++d) {
-      pack_row<S, T>(problem.m.at<S>(b, k, d), problem.m.stride[0], rows, T(1), packed + d * kStride<T>);
-      if constexpr (Flags::tangent)
-        pack_row<S, T>(problem.v.at<S>(b, k, d), problem.v.stride[0], rows, T(-1) / kSign<T>, packed + (D + d) * kStride<T>);
-    }
+    pack_rows<S, T>(problem.m, b, k, rows, D, T(1), packed);
+    if constexpr (Flags::tangent) pack_rows<S, T>(problem.v, b, k, rows, D, T(-1) / kSign<T>, packed + D * kStride<T>);
     if constexpr (Flags::weights)
-      pack_row<S, T>(problem.grad.at<S>(b, k, 0), problem.grad.stride[0], rows, T(-1) / kSign<T>,
-                     packed + Flags::grad_row(D) * kStride<T>);
+      pack_rows<S, T>(problem.grad, b, k, rows, 1, T(-1) / kSign<T>, packed + Flags::grad_row(D) * kStride<T>);
   }
 }
