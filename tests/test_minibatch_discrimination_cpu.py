@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not extension.loaded, reason="fastgan._C is not 
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 # One block and several, whole vectors and not, few kernels (stripes) and many, coordinates around multiples of four.
-SHAPES = [(1, 2, 3), (7, 3, 5), (64, 17, 5), (127, 2, 8), (129, 3, 4), (260, 2, 50), (300, 1, 1), (24, 2, 130)]
+SHAPES = [(1, 2, 3), (7, 3, 5), (64, 17, 5), (127, 2, 8), (129, 3, 4), (260, 2, 50), (200, 1, 1), (300, 1, 1), (24, 2, 130)]
 
 
 def levels():
@@ -125,7 +125,7 @@ def test_stripes(kernel_count):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("batch", [511, 512, 600])
+@pytest.mark.parametrize("batch", [255, 256, 600])
 def test_sorting_agrees_with_pairs(batch, ties, dtype):
     m, grad, v = inputs((batch, 3, 1), dtype, ties=ties)
     assert_like_reference(m, grad, v)

@@ -166,7 +166,7 @@ template <class S, Operator op> bool sorted(const Problem& p, int64_t k) {
 }
 
 // From where on sorting was measured to be faster than the pairs, with AVX2.
-constexpr int64_t kSortFrom = 512;
+constexpr int64_t kSortFrom = 256;
 
 // Tasks are kernels; where these are few, each kernel's pairs of blocks are dealt out to several stripes. Their number
 // follows from the shape alone and their sums are added in order, so results don't depend on the number of threads.
@@ -250,8 +250,10 @@ std::string shape(const Tensor& tensor) {
 Problem describe(const char* op, const Tensor& m) {
   STD_TORCH_CHECK(m.dim() == 3, "fastgan::", op, ": m has shape ", shape(m), ", expected (B, K, D)");
   const ScalarType dtype = m.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-                  "fastgan::", op, ": m is ", torch::headeronly::toString(dtype), ", expected a floating-point tensor of 16, 32 or 64 bits");
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+                      dtype == ScalarType::BFloat16,
+                  "fastgan::", op, ": m is ", torch::headeronly::toString(dtype),
+                  ", expected a floating-point tensor of 16, 32 or 64 bits");
   Problem problem;
   problem.B = m.size(0), problem.K = m.size(1), problem.D = m.size(2);
   problem.m = Strided(m);
@@ -265,7 +267,8 @@ Strided matching(const char* op, const char* name, const Tensor& tensor, const T
   STD_TORCH_CHECK(same, "fastgan::", op, ": ", name, " has shape ", shape(tensor), ", expected ",
                   dims == 3 ? "that of m, " : "the first two dimensions of m, ", shape(m));
   STD_TORCH_CHECK(tensor.scalar_type() == m.scalar_type(), "fastgan::", op, ": ", name, " is ",
-                  torch::headeronly::toString(tensor.scalar_type()), ", expected the dtype of m, ", torch::headeronly::toString(m.scalar_type()));
+                  torch::headeronly::toString(tensor.scalar_type()), ", expected the dtype of m, ",
+                  torch::headeronly::toString(m.scalar_type()));
   STD_TORCH_CHECK(tensor.is_cpu() && m.is_cpu(), "fastgan::", op, ": ", name, " and m have to be on the CPU both");
   return Strided(tensor);
 }

@@ -10,13 +10,12 @@
 // pair in it contributes 0 or, for samples that aren't finite, the NaN that the specification has there.
 
 template <class T> constexpr int kTile = kLanes<T> < 4 ? kLanes<T> : 4;
-template <class T> constexpr int kVectors = kRows / kLanes<T>;  // per block
 
 // The two blocks of a pair: i < j, or the same one.
 template <class T> struct BlockPair {
-  const T *i, *j;            // packed
+  const T *i, *j;  // packed
   double* totals_i;
-  T* sums_j;                 // laid out as totals
+  T* sums_j;  // laid out as totals
   int64_t rows_i, rows_j;
   bool same, self_term;
 };
@@ -24,7 +23,8 @@ template <class T> struct BlockPair {
 // Adds coordinates d .. d + count to the distances and p. The distance grows by the sum of the chunk: fewer roundings at
 // its full size, and a shorter chain of additions.
 template <class T, bool tangent, int I, int J, int count>
-FASTGAN_INLINE void add_coordinates(const T* xi, const T* xj, int64_t tangents, Vector<T> (&distance)[I][J], Vector<T> (&p)[I][J]) {
+FASTGAN_INLINE void add_coordinates(const T* xi, const T* xj, int64_t tangents, Vector<T> (&distance)[I][J],
+                                    Vector<T> (&p)[I][J]) {
   using V = Vector<T>;
   constexpr int64_t stride = kStride<T>;
 #pragma GCC unroll 8
@@ -182,7 +182,9 @@ template <class T, Operator op> void block_pair(const BlockPair<T>& block, int64
     for (int64_t r = 0; r < used; ++r) totals_j[row * kStride<T> + r] += block.sums_j[row * kStride<T> + r];
 }
 
-FASTGAN_INLINE int64_t rows_of_block(int64_t B, int64_t block) { return B - block * kRows < kRows ? B - block * kRows : kRows; }
+FASTGAN_INLINE int64_t rows_of_block(int64_t B, int64_t block) {
+  return B - block * kRows < kRows ? B - block * kRows : kRows;
+}
 
 // Every stripes-th pair of blocks, from stripe on. scratch holds one block of totals in T.
 template <class T, Operator op>
