@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 def tests_pass(op: str) -> bool:
     """The operator's own tests, in a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", op, "tests/test_ops.py", f"tests/test_{op}.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "2", "-k", op, "tests/test_ops.py", f"tests/test_{op}.py"]
     return subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
 
 

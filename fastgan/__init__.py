@@ -5,8 +5,22 @@
 
 from fastgan import backends as backends
 from fastgan import functional as functional
+from fastgan import losses as losses
 from fastgan import nn as nn
 from fastgan import ops as ops
+from fastgan import penalties as penalties
 from fastgan._version import __version__ as __version__
 from fastgan.backends import use_backend as use_backend
+from fastgan.critic import CriticStep as CriticStep
+from fastgan.functional import critic_step as critic_step
+from fastgan.functional import dragan_penalty as dragan_penalty
+from fastgan.functional import explain as explain
+from fastgan.functional import gradient_penalty as gradient_penalty
+from fastgan.functional import max_gradient_penalty as max_gradient_penalty
 from fastgan.functional import minibatch_discrimination as minibatch_discrimination
+from fastgan.functional import path_length_penalty as path_length_penalty
+from fastgan.functional import penalty_from_output as penalty_from_output
+from fastgan.functional import r1_penalty as r1_penalty
+from fastgan.functional import r2_penalty as r2_penalty
+from fastgan.functional import wgan_div_penalty as wgan_div_penalty
+from fastgan.functional import zero_centered_penalty as zero_centered_penalty

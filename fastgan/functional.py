@@ -1,10 +1,21 @@
-"""The functions of fastgan: argument checks and documentation over the operators of ``fastgan.ops``."""
+"""The functions of fastgan in one place; minibatch features are defined here, over the operators of ``fastgan.ops``."""
 
 import torch
 from torch import Tensor
 
+from fastgan.critic import critic_step as critic_step
+from fastgan.critic import explain as explain
 from fastgan.distributed import gather_batch, rows_of_this_rank
 from fastgan.ops import minibatch_discrimination as _minibatch_discrimination
+from fastgan.penalties import dragan_penalty as dragan_penalty
+from fastgan.penalties import gradient_penalty as gradient_penalty
+from fastgan.penalties import max_gradient_penalty as max_gradient_penalty
+from fastgan.penalties import path_length_penalty as path_length_penalty
+from fastgan.penalties import penalty_from_output as penalty_from_output
+from fastgan.penalties import r1_penalty as r1_penalty
+from fastgan.penalties import r2_penalty as r2_penalty
+from fastgan.penalties import wgan_div_penalty as wgan_div_penalty
+from fastgan.penalties import zero_centered_penalty as zero_centered_penalty
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

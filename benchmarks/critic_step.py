@@ -1,0 +1,73 @@
+"""The critic step against eager double backward."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+import fastgan
+from benchmarks.case import OURS, Case
+from fastgan import losses
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))  # the critics and the textbook step are shared with the tests
+import critics
+import reference
+
+CRITICS = {
+    "dcgan64": (lambda: critics.DCGAN(32, 64), (3, 64, 64)),
+    "sngan-resnet32": (lambda: critics.SNGAN(64), (3, 32, 32)),
+    "r3gan-like32": (lambda: critics.R3GAN(32), (3, 32, 32)),
+    "ctgan-mlp": (lambda: critics.CTGAN(256, 512), (256,)),
+    "hifi-1d": (lambda: critics.HiFi(16), (1, 8192)),
+}
+MODES = {
+    "R1+R2": {"r1": 1.0, "r2": 1.0, "loss": "relativistic"},
+    "R1": {"r1": 1.0, "loss": "non_saturating"},
+    "WGAN-GP": {"gradient_penalty": 10.0, "loss": "wasserstein"},
+}
+
+
+def _gradients(critic, loss) -> tuple[torch.Tensor]:
+    """All parameter gradients of ``loss`` as one vector, so that a tiny one does not decide the relative error."""
+    loss.backward()
+    flat = torch.cat([p.grad.flatten() for p in critic.parameters() if p.grad is not None])
+    critic.zero_grad(set_to_none=True)
+    return (flat,)
+
+
+def _ours(critic, batches, mode):
+    real, fake, alpha = batches
+    return lambda: _gradients(critic, fastgan.critic_step(critic, real, fake, alpha=alpha, **mode).loss)
+
+
+def _eager(critic, batches, mode):
+    real, fake, alpha = batches
+    loss, weights = losses.get(mode["loss"]), (mode.get("gradient_penalty", 0.0), mode.get("r1", 0.0), mode.get("r2", 0.0))
+    return lambda: _gradients(critic, reference.step(critic, real, fake, loss, *weights, alpha)[0])
+
+
+def _case(name: str, batch: int, mode: str, goals: dict) -> Case:
+    make, shape = CRITICS[name]
+
+    def start():
+        """The critic and its batches; the same at each call. Dropout is off, so that gradients can be compared."""
+        torch.manual_seed(0)
+        critic = make().eval()
+        return critic, (*torch.randn(2, batch, *shape), torch.rand(batch, *[1] * len(shape)))
+
+    def candidates():
+        return {OURS: _ours(*start(), MODES[mode]), "eager": _eager(*start(), MODES[mode])}
+
+    def truth():
+        critic, batches = start()
+        return _eager(critic.double(), tuple(x.double() for x in batches), MODES[mode])()
+
+    return Case("critic_step", f"{name}-b{batch}", mode, candidates, truth, goals, tolerance=1e-3)
+
+
+_GOALS = {"R1+R2": 1.6, "R1": 1.35, "WGAN-GP": 1.28}
+CASES = [
+    *(_case(n, 16, mode, {"eager": _GOALS[mode]}) for n in ("dcgan64", "sngan-resnet32", "r3gan-like32") for mode in MODES),
+    _case("hifi-1d", 8, "R1+R2", {"eager": 1.45}),
+    _case("ctgan-mlp", 256, "R1+R2", {"eager": 1.35}),
+]

@@ -1,0 +1,6 @@
+"""Penalised critic updates with exact gradients from first-order passes only."""
+
+from .report import Explanation, explain
+from .step import CriticStep, critic_step
+
+__all__ = ["CriticStep", "Explanation", "critic_step", "explain"]

@@ -1,0 +1,284 @@
+"""The critic step: loss and penalties of one discriminator update, gradients included."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .. import losses
+from . import engine
+from .deliver import Delivery
+from .forward import Forward, unwrap
+from .inputs import check_batch, check_pair, interpolate, scale_of
+from .outputs import HALF, like_output
+from .reduction import Form
+
+__all__ = ["CriticStep", "critic_step"]
+
+
+@dataclass
+class CriticStep:
+    """What :func:`critic_step` returns.
+
+    ``loss``: scalar; ``loss.backward()``, once, delivers the parameter gradients. ``adversarial``, ``penalty``: its two
+    parts, detached scalars. ``real_scores``, ``fake_scores``: detached, a tensor or a list as the critic returned them.
+    ``grad_norms``: per-sample input-gradient norms (B,) of the penalties in use, by "r1", "r2", "gp". ``method``: how
+    penalised gradients were computed; ``why``: for each penalty, the reason.
+    """
+
+    loss: torch.Tensor
+    adversarial: torch.Tensor
+    penalty: torch.Tensor
+    real_scores: torch.Tensor | list
+    fake_scores: torch.Tensor | list
+    grad_norms: dict = field(default_factory=dict)
+    method: str = "backward"
+    why: str = ""
+
+    def backward(self):
+        """Short for ``loss.backward()``."""
+        self.loss.backward()
+
+
+def critic_step(
+    critic, real, fake, *, loss="wasserstein", gradient_penalty=0.0, target=1.0, one_sided=False, alpha=None,
+    generator=None, r1=0.0, r2=0.0, real_args=(), fake_args=(), interpolate_args=None, score_fn=None, joint="auto",
+    grad_scaler=None, microbatch=None, compile=False, method="auto", pac=1, force=False,
+):  # fmt: skip
+    """One penalised critic update: loss(D(real), D(fake)) + R1 + R2 + gradient penalty, with exact parameter gradients.
+
+    Arguments
+    ---------
+    ``critic``: callable of a batch, ``critic(x, *args)``; a module, a DDP-wrapped module, a function.
+    ``real``, ``fake``: (B, ...) floating point; detached. One shape if ``gradient_penalty`` is used.
+    ``loss``: a name from :mod:`fastgan.losses` or a callable(real_scores, fake_scores) -> scalar.
+    ``gradient_penalty``: weight of mean (||grad D(x^)|| - target)^2 at interpolates; ``target``, ``one_sided``,
+    ``alpha``, ``generator``, ``pac`` as in :func:`fastgan.penalties.gradient_penalty`.
+    ``r1``, ``r2``: weights of weight / 2 * mean ||grad D||^2 at the reals and at the fakes.
+    ``real_args``, ``fake_args``, ``interpolate_args`` (default ``real_args``): further arguments of the critic.
+    ``score_fn``: picks the scores out of the critic's output.
+    ``joint``: True runs real and fake as one batch (one spectral-norm update, one set of batch statistics). "auto" and
+    False run them one after the other, which is how the textbook formula moves buffers and random state.
+    ``grad_scaler``: a :class:`torch.amp.GradScaler`: penalised cotangents are computed at its scale and unscaled in
+    float32. Scale the loss with it as usual.
+    ``microbatch``: samples to run at a time; for losses that are means over samples. Buffers then move once a part.
+    ``compile``: must be False; the shared pass reads the autograd graph of the running critic, which a traced critic
+    does not leave. A critic wrapped by :func:`torch.compile` is accepted and its original module is run.
+    ``method``: "auto", "fused", "double_backward", "jvp", "finite_difference" (``force``: even where it refuses).
+
+    Forwards count as real, fake, interpolates, in this order, each with its own spectral-norm update, batch statistics
+    and dropout masks. Gradients are complete when this returns and are delivered by ``.loss.backward()``.
+
+    Raises ValueError, TypeError for unsuitable arguments, RuntimeError for ``method="fused"`` where that is not exact.
+
+    Gulrajani et al., 2017 (gradient penalty); Mescheder et al., 2018 (R1, R2); Huang et al., "The GAN is dead; long
+    live the GAN!", 2024 (both at once).
+    """
+    engine.check_method(method)
+    if compile:
+        raise ValueError(
+            "compile=True: the step reads the autograd graph of the running critic and cannot be traced. Leave it out: "
+            "the eager step does a third less arithmetic than double backward. To compile a penalty, write it with "
+            "torch.func.grad inside your own torch.compile(fullgraph=True) function"
+        )
+    check_batch("real", real)
+    check_batch("fake", fake)
+    if gradient_penalty:
+        check_pair(real, fake)
+    if joint not in (True, False, "auto"):
+        raise ValueError(f'joint must be True, False or "auto", got {joint!r}')
+    for name, value in (("gradient_penalty", gradient_penalty), ("r1", r1), ("r2", r2)):
+        if value < 0:
+            raise ValueError(f"{name} is a weight and cannot be negative, got {value}")
+    step = _Step(
+        critic=unwrap(critic),
+        loss=losses.get(loss),
+        score_fn=score_fn,
+        method=method,
+        scale=scale_of(grad_scaler),
+        force=force,
+    )
+    interpolate_args = real_args if interpolate_args is None else interpolate_args
+    forms = {
+        "r1": Form("zero_centered", r1, pac=pac) if r1 else None,
+        "r2": Form("zero_centered", r2, pac=pac) if r2 else None,
+        "gp": Form("gradient_penalty", gradient_penalty, target, one_sided, pac=pac) if gradient_penalty else None,
+    }
+    parts = _parts(step.loss, real, fake, real_args, fake_args, interpolate_args, alpha, microbatch, pac)
+    for part in parts:
+        step.run(part, forms, joint is True, generator, pac)
+    return step.finish()
+
+
+@dataclass
+class _Part:
+    """Samples that are run together, and their share of the batch."""
+
+    real: torch.Tensor
+    fake: torch.Tensor
+    real_args: tuple
+    fake_args: tuple
+    interpolate_args: tuple
+    alpha: object
+    share: float
+
+
+def _parts(loss, real, fake, real_args, fake_args, interpolate_args, alpha, size, pac):
+    b = real.shape[0]
+    if size is None or size >= max(b, fake.shape[0]):
+        return [_Part(real, fake, real_args, fake_args, interpolate_args, alpha, 1.0)]
+    if size < 1 or size % pac:
+        raise ValueError(f"microbatch must be a positive multiple of pac={pac}, got {size}")
+    if not loss.mean_of_samples:
+        raise ValueError(f"microbatch needs a loss that is a mean over samples, and {loss.name} is not known to be one")
+    if fake.shape[0] != b:
+        raise ValueError(f"microbatch needs equally many reals and fakes, got {b} and {fake.shape[0]}")
+
+    def cut(value, rows):
+        return value[rows] if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == b else value
+
+    parts = []
+    for start in range(0, b, size):
+        rows = slice(start, min(start + size, b))
+        args = [tuple(cut(a, rows) for a in group) for group in (real_args, fake_args, interpolate_args)]
+        share = (rows.stop - rows.start) / b
+        parts.append(_Part(real[rows], fake[rows], *args, cut(alpha, rows), share))
+    return parts
+
+
+class _Step:
+    """Running sums over the parts of a step."""
+
+    def __init__(self, critic, loss, score_fn, method, scale, force):
+        self.critic, self.loss, self.score_fn = critic, loss, score_fn
+        self.method, self.scale, self.force = method, scale, force
+        self.total = None
+        self.adversarial, self.penalty = 0.0, 0.0
+        self.scores = {"real": [], "fake": []}
+        self.norms = {}
+        self.used = {}
+
+    def forward(self, inputs, args, penalised):
+        replayable = penalised and self.method in ("jvp", "finite_difference")
+        forward = Forward(self.critic, inputs, args, self.score_fn, penalised=penalised, replayable=replayable)
+        if penalised and self.method in ("auto", "fused"):
+            engine.prepare(forward)  # before the next batch is forwarded
+        return forward
+
+    def run(self, part, forms, joint, generator, pac):
+        share = part.share
+        if joint:
+            self._joint(part, forms)
+        elif self.loss.separable:
+            # one batch is finished, and its memory free, before the next is forwarded
+            for name, term in (("real", self.loss.real_term), ("fake", self.loss.fake_term)):
+                forward = self.forward(getattr(part, name), getattr(part, name + "_args"), _form(forms, name) is not None)
+                value, (cotangents,) = _derivatives(term, [forward.detached()], share)
+                self.adversarial = self.adversarial + value
+                self._branch(name, forward, cotangents, forms, share)
+                del forward
+        else:
+            forwards = {
+                name: self.forward(getattr(part, name), getattr(part, name + "_args"), _form(forms, name) is not None)
+                for name in ("real", "fake")
+            }
+            value, pair = _derivatives(self.loss, [forwards["real"].detached(), forwards["fake"].detached()], share)
+            self.adversarial = self.adversarial + value
+            for name, cotangents in zip(("real", "fake"), pair, strict=False):
+                self._branch(name, forwards.pop(name), cotangents, forms, share)
+        if forms["gp"] is not None:
+            inputs = interpolate(part.real, part.fake, alpha=part.alpha, generator=generator, pac=pac)
+            forward = self.forward(inputs, part.interpolate_args, True)
+            self._penalised("gp", forward, None, forms["gp"], share)
+
+    def _joint(self, part, forms):
+        b = part.real.shape[0]
+        args = tuple(
+            torch.cat([r, f]) if isinstance(r, torch.Tensor) and r.dim() else r
+            for r, f in zip(part.real_args, part.fake_args, strict=False)
+        )
+        both = torch.cat([part.real.detach(), part.fake.detach()])
+        r1, r2 = forms["r1"], forms["r2"]
+        if (r1 is None) != (r2 is None) or (r1 is not None and r1.weight != r2.weight):
+            raise ValueError("joint=True runs real and fake as one batch: r1 and r2 must be equal")
+        if part.real.shape[0] != part.fake.shape[0]:
+            raise ValueError("joint=True needs equally many reals and fakes")
+        forward = self.forward(both, args, r1 is not None)
+        scores = forward.detached()
+        value, pair = _derivatives(self.loss, [[s[:b] for s in scores], [s[b:] for s in scores]], part.share)
+        self.adversarial = self.adversarial + value
+        self.scores["real"].append([s[:b] for s in scores])
+        self.scores["fake"].append([s[b:] for s in scores])
+        cotangents = [torch.cat([r, f]) for r, f in zip(*pair, strict=False)]
+        if r1 is None:
+            self._add(engine.plain(forward, cotangents, self.scale))
+            return
+        # a mean over 2 B samples at twice the weight: the sum of both means
+        norms = self._penalised("joint", forward, cotangents, r1.with_weight(2 * r1.weight), part.share)
+        half = norms.shape[0] // 2
+        self.norms.setdefault("r1", []).append(norms[:half])
+        self.norms.setdefault("r2", []).append(norms[half:])
+
+    def _branch(self, name, forward, cotangents, forms, share):
+        self.scores[name].append(forward.detached())
+        form = _form(forms, name)
+        if form is None:
+            self._add(engine.plain(forward, cotangents, self.scale))
+        else:
+            self._penalised("r1" if name == "real" else "r2", forward, cotangents, form, share)
+
+    def _penalised(self, key, forward, cotangents, form, share):
+        weights = [1.0] * len(forward.scores)
+        form = form.with_weight(form.weight * share)
+        found = engine.penalised(forward, cotangents, form, weights, self.method, self.scale, self.force)
+        self.penalty = self.penalty + found.penalty
+        if key != "joint":
+            self.norms.setdefault(key, []).append(found.norms)
+        self.used[key] = (found.method, found.why)
+        self._add(found)
+        return found.norms
+
+    def _add(self, found):
+        if self.total is None:
+            self.total = found
+        else:
+            self.total.merge(found)
+
+    def finish(self):
+        adversarial = torch.as_tensor(self.adversarial)
+        penalty = self.penalty if isinstance(self.penalty, torch.Tensor) else torch.zeros_like(adversarial)
+        delivery = Delivery(self.total.gradients, self.total.leaves, self.total.checks)
+        methods = list(dict.fromkeys(m for m, _ in self.used.values()))
+        return CriticStep(
+            loss=delivery.attach(adversarial + penalty),
+            adversarial=adversarial,
+            penalty=penalty,
+            real_scores=_joined(self.scores["real"]),
+            fake_scores=_joined(self.scores["fake"]),
+            grad_norms={k: v[0] if len(v) == 1 else torch.cat(v) for k, v in self.norms.items()},
+            method="backward" if not methods else methods[0] if len(methods) == 1 else "mixed",
+            why="; ".join(f"{key}: {m} ({why})" for key, (m, why) in self.used.items()) or "no penalty in use",
+        )
+
+
+def _form(forms, name):
+    return forms["r1" if name == "real" else "r2"]
+
+
+def _joined(parts):
+    return like_output([torch.cat(column) if len(column) > 1 else column[0] for column in zip(*parts, strict=False)])
+
+
+def _derivatives(function, groups, share):
+    """Value of a loss of groups of scores, times share, and its derivative with respect to each score."""
+    with torch.enable_grad():
+        leaves = [[s.detach().requires_grad_(True) for s in group] for group in groups]
+        value = function(*(like_output(group) for group in leaves))
+        if not isinstance(value, torch.Tensor) or value.numel() != 1:
+            raise ValueError("the loss must return a scalar tensor")
+        value = value.reshape(()) * share if share != 1.0 else value.reshape(())
+        flat = [s for group in leaves for s in group]
+        grads = torch.autograd.grad(value, flat, allow_unused=True) if value.requires_grad else [None] * len(flat)
+    found = iter(
+        torch.zeros_like(s) if g is None else (g.float() if g.dtype in HALF else g) for s, g in zip(flat, grads, strict=False)
+    )
+    return value.detach(), [[next(found) for _ in group] for group in leaves]

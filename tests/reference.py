@@ -1,0 +1,65 @@
+"""The textbook formulas, by eager double backward."""
+
+import copy
+
+import torch
+
+
+def listed(scores):
+    return list(scores) if isinstance(scores, (list, tuple)) else [scores]
+
+
+def gradient(critic, x, args=(), pick=lambda out: out):
+    """grad of sum D at a fresh leaf, with graph, and the scores."""
+    x = x.detach().clone().requires_grad_(True)
+    scores = pick(critic(x, *args))
+    (g,) = torch.autograd.grad(sum(s.sum() for s in listed(scores)), x, create_graph=True)
+    return g, scores
+
+
+def norms(g):
+    return g.flatten(1).norm(2, dim=1)
+
+
+def step(critic, real, fake, loss, gp=0.0, r1=0.0, r2=0.0, alpha=None, target=1.0, one_sided=False, real_args=(),
+         fake_args=(), pick=lambda out: out):  # fmt: skip
+    """The eager critic step: returns (loss, adversarial, penalty), all differentiable."""
+    penalty = 0.0
+    found = []
+    for x, weight, args in ((real, r1, real_args), (fake, r2, fake_args)):
+        if weight:
+            g, scores = gradient(critic, x, args, pick)
+            penalty = penalty + weight / 2 * g.flatten(1).square().sum(1).mean()
+        else:
+            scores = pick(critic(x.detach(), *args))
+        found.append(scores)
+    adversarial = loss(*found)
+    if gp:
+        g, _ = gradient(critic, torch.lerp(fake.detach(), real.detach(), alpha), real_args, pick)
+        excess = norms(g) - target
+        penalty = penalty + gp * (excess.clamp_min(0) if one_sided else excess).square().mean()
+    return adversarial + penalty, adversarial, penalty
+
+
+def grads(module):
+    return [p.grad for p in module.parameters()]
+
+
+def error(got, want):
+    """Norm of the difference over norm of all gradients; None counts as zero."""
+    diff = size = 0.0
+    for g, w in zip(got, want, strict=False):
+        if w is None and g is None:
+            continue
+        g = torch.zeros_like(w) if g is None else g.double()
+        w = torch.zeros_like(g) if w is None else w.double()
+        diff += float((g - w).square().sum())
+        size += float(w.square().sum())
+    return (diff / size) ** 0.5 if size else diff**0.5
+
+
+def twins(make, seed=0, dtype=torch.float64):
+    """Two critics in one state, lazy layers initialised."""
+    torch.manual_seed(seed)
+    critic = make().to(dtype)
+    return critic, None if critic is None else copy.deepcopy(critic)
