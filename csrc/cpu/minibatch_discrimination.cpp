@@ -11,6 +11,7 @@
 #include <new>
 #include <sstream>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 namespace fastgan {
@@ -103,44 +104,46 @@ template <class S, Operator op> void write(const Problem& p, int64_t k, const do
 }
 
 // D = 1: with the samples in order, sums over all smaller and all larger ones follow from their neighbours'. Sums over
-// equal samples, which the sign excludes, come as groups. In double throughout, and B log B. False, with nothing
-// written, where an input is not finite: what becomes of it then is the pairs' business.
+// equal samples, which the sign excludes, come as groups. B log B. The recurrences run in a wider type than the samples':
+// differences of large sums lose digits. False, with nothing written, where an input is not finite: what becomes of it then
+// is the pairs' business.
 template <class S, Operator op> bool sorted(const Problem& p, int64_t k) {
   using Flags = Layout<op>;
+  using R = std::conditional_t<std::is_same_v<S, double>, long double, double>;
   struct Sample {
-    double m;
+    R m;
     int64_t b;
   };
   // Sums of e_ij, e_ij g_j, e_ij v_j and e_ij g_j v_j, or these without e_ij.
   struct Sums {
-    double one = 0, g = 0, v = 0, gv = 0;
-    Sums scaled(double e) const { return {one * e, g * e, v * e, gv * e}; }
+    R one = 0, g = 0, v = 0, gv = 0;
+    Sums scaled(R e) const { return {one * e, g * e, v * e, gv * e}; }
     Sums plus(const Sums& o) const { return {one + o.one, g + o.g, v + o.v, gv + o.gv}; }
   };
   std::vector<Sample> samples(p.B);
-  const auto g = [&](int64_t b) { return Flags::weights ? double(*p.grad.at<S>(b, k, 0)) : 0.0; };
+  const auto g = [&](int64_t b) { return Flags::weights ? R(*p.grad.at<S>(b, k, 0)) : R(0); };
   // Only differences of v count: from one of them, lest a common offset costs digits.
-  const double origin = Flags::tangent ? double(*p.v.at<S>(0, k, 0)) : 0.0;
-  const auto v = [&](int64_t b) { return Flags::tangent ? double(*p.v.at<S>(b, k, 0)) - origin : 0.0; };
+  const R origin = Flags::tangent ? R(*p.v.at<S>(0, k, 0)) : R(0);
+  const auto v = [&](int64_t b) { return Flags::tangent ? R(*p.v.at<S>(b, k, 0)) - origin : R(0); };
   for (int64_t b = 0; b < p.B; ++b) {
-    samples[b] = {double(*p.m.at<S>(b, k, 0)), b};
+    samples[b] = {R(*p.m.at<S>(b, k, 0)), b};
     if (!std::isfinite(samples[b].m) || !std::isfinite(g(b)) || !std::isfinite(v(b))) return false;
   }
   std::sort(samples.begin(), samples.end(), [](const Sample& a, const Sample& b) { return a.m < b.m; });
 
   struct Group {
     int64_t first;
-    double e_before;  // exp(-distance) to the group before
+    R e_before;  // exp(-distance) to the group before
     Sums own, below;
   };
   std::vector<Group> groups;
   for (int64_t i = 0; i < p.B; ++i) {
     if (i == 0 || samples[i].m != samples[i - 1].m) {
-      Group group{i, i == 0 ? 0.0 : std::exp(samples[i - 1].m - samples[i].m), {}, {}};
+      Group group{i, i == 0 ? R(0) : std::exp(samples[i - 1].m - samples[i].m), {}, {}};
       if (i > 0) group.below = groups.back().below.plus(groups.back().own).scaled(group.e_before);
       groups.push_back(group);
     }
-    const double gi = g(samples[i].b), vi = v(samples[i].b);
+    const R gi = g(samples[i].b), vi = v(samples[i].b);
     groups.back().own = groups.back().own.plus({1, gi, vi, gi * vi});
   }
   Sums above;
@@ -149,8 +152,8 @@ template <class S, Operator op> bool sorted(const Problem& p, int64_t k) {
     const Sums &l = group.below, &r = above;
     for (int64_t i = group.first; i < end; ++i) {
       const int64_t b = samples[i].b;
-      const double gi = g(b), vi = v(b);
-      double value = 0, gradient = 0;
+      const R gi = g(b), vi = v(b);
+      R value = 0, gradient = 0;
       if constexpr (op == Operator::forward) value = l.one + r.one + group.own.one - (p.self_term ? 0 : 1);
       if constexpr (op == Operator::backward) gradient = gi * (r.one - l.one) + (r.g - l.g);
       if constexpr (Flags::tangent) value = vi * (r.one - l.one) - (r.v - l.v);
