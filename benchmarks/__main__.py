@@ -96,23 +96,28 @@ def plot(results: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(results), figsize=(7 * len(results), 5), squeeze=False, sharey=True)
+    most = max(len(result["cases"]) for result in results.values())
+    figure, axes = plt.subplots(1, len(results), figsize=(7 * len(results), 1.5 + 0.5 * most), squeeze=False, sharey=True)
     for axis, (which, result) in zip(axes[0], results.items(), strict=True):
         cases = result["cases"]
         baselines = list(dict.fromkeys(name for row in cases for name in row["speedup"]))
-        width = 0.8 / len(baselines)
+        height = 0.8 / len(baselines)
         for i, baseline in enumerate(baselines):
-            rows = [(x, row["speedup"][baseline]) for x, row in enumerate(cases) if baseline in row["speedup"]]
-            positions = [x + (i - (len(baselines) - 1) / 2) * width for x, _ in rows]
+            rows = [(y, row["speedup"][baseline]) for y, row in enumerate(cases) if baseline in row["speedup"]]
+            positions = [y + (i - (len(baselines) - 1) / 2) * height for y, _ in rows]
             middle = [s["median"] for _, s in rows]
             spread = [[s["median"] - s["low"] for _, s in rows], [s["high"] - s["median"] for _, s in rows]]
-            axis.bar(positions, middle, width, yerr=spread, capsize=2, label=baseline)
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_yscale("log")
-        axis.set_xticks(range(len(cases)), [f"{row['shape']}\n{row['mode']}" for row in cases], fontsize=8)
+            axis.barh(positions, middle, height, xerr=spread, capsize=2, label=baseline)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}x")
+        axis.xaxis.set_minor_formatter("{x:g}x")
+        axis.tick_params(axis="x", which="both", labelsize=7)
+        axis.set_yticks(range(len(cases)), [f"{row['op']} {row['shape']} {row['mode']}" for row in cases], fontsize=8)
         axis.set_title(f"allocator {which}")
-        axis.grid(axis="y", alpha=0.3)
-    axes[0][0].set_ylabel("times faster: fastgan over the baseline (median, quartiles)")
+        axis.set_xlabel("times faster: fastgan over the baseline (median, quartiles)")
+        axis.grid(axis="x", alpha=0.3)
+    axes[0][0].invert_yaxis()
     axes[0][0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
