@@ -10,3 +10,4 @@ from fastgan import ops as ops
 from fastgan._version import __version__ as __version__
 from fastgan.backends import use_backend as use_backend
 from fastgan.functional import minibatch_discrimination as minibatch_discrimination
+from fastgan.nn.utils.parametrizations import spectral_norm as spectral_norm

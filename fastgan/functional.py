@@ -6,7 +6,7 @@ from torch import Tensor
 from fastgan.distributed import gather_batch, rows_of_this_rank
 from fastgan.ops import minibatch_discrimination as _minibatch_discrimination
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _check_tensor(function: str, name: str, value, shape: str) -> None:
@@ -19,7 +19,7 @@ def _check_tensor(function: str, name: str, value, shape: str) -> None:
             f"{function}: {name} has {value.dim()} dimensions {tuple(value.shape)}, expected {rank}: {shape}"
             + (". A (B, K*D) projection becomes it with .view(B, K, D)" if shape == "(B, K, D)" and value.dim() == 2 else "")
         )
-    if value.dtype not in _FLOATS:
+    if value.dtype not in FLOATS:
         raise TypeError(
             f"{function}: {name} has dtype {value.dtype}, expected a floating dtype; convert it with {name}.float()"
         )
