@@ -10,4 +10,6 @@ from fastgan import ops as ops
 from fastgan._version import __version__ as __version__
 from fastgan.backends import use_backend as use_backend
 from fastgan.functional import minibatch_discrimination as minibatch_discrimination
+from fastgan.nn.spectral_norm_group import SpectralNormGroup as SpectralNormGroup
+from fastgan.nn.spectral_norm_state import convert_spectral_state_dict as convert_spectral_state_dict
 from fastgan.nn.utils.parametrizations import spectral_norm as spectral_norm

@@ -301,6 +301,7 @@ def test_compile_without_graph_breaks(backend, pair, compiler):
     for normalise in (pair[0], pair[1]):
         torch.manual_seed(0)
         models.append(nn.Sequential(normalise(nn.Conv2d(3, 4, 3)), nn.ReLU(), normalise(nn.Conv2d(4, 2, 3))).double())
+    synchronise(*models)  # the first iterations were in float32
     compiled = torch.compile(models[0], fullgraph=True, backend=compiler)
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     for _ in range(2):
@@ -367,3 +368,184 @@ def test_errors_say_what_and_leave_u_and_v(pair):
         layer(torch.randn(2, 4))
     for key, value in before.items():
         assert torch.equal(layer.state_dict()[key], value)
+
+
+def critic(normalise):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 6, 3), nn.Conv2d(6, 4, 3), nn.Linear(4, 1)]
+    first, second, third, last = [normalise(layer) for layer in layers]
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(first, nn.LeakyReLU(0.2), second, nn.LeakyReLU(0.2), third, *pool, last).double()
+
+
+def mixed(layer):
+    return (hook if isinstance(layer, nn.Linear) else fastgan.spectral_norm)(layer)
+
+
+@pytest.mark.parametrize("normalise", [fastgan.spectral_norm, hook, mixed], ids=["parametrization", "hook", "mixed"])
+def test_group_per_forward_equals_no_group(backend, normalise):
+    alone, grouped = critic(normalise), critic(normalise)
+    grouped.load_state_dict(alone.state_dict())
+    assert len(fastgan.SpectralNormGroup(grouped)) == 4
+    real, fake = torch.randn(2, 2, 3, 8, 8, dtype=torch.float64)
+    for model in (alone, grouped):
+        (model(real) - model(fake)).mean().backward()  # two forwards before a backward
+    assert_same_state(alone, grouped)
+    for p, q in zip(alone.parameters(), grouped.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    torch.testing.assert_close(alone.eval()(real), grouped.eval()(real))
+    assert_same_state(alone, grouped)
+    average = copy.deepcopy(grouped.train())
+    torch.testing.assert_close(average(real), grouped(real))
+    assert_same_state(average, grouped)
+
+
+def test_group_per_step(backend):
+    model = critic(fastgan.spectral_norm)
+    group = fastgan.SpectralNormGroup(model, refresh="per_step")
+    optimiser = torch.optim.SGD(model.parameters(), 0.1)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+
+    def vectors():
+        return [value.clone() for key, value in model.state_dict().items() if key.endswith(("_u", "_v"))]
+
+    def moved(before):
+        return any(not torch.equal(a, b) for a, b in zip(before, vectors(), strict=True))
+
+    before = vectors()
+    first = model(x)
+    assert moved(before)
+    before = vectors()
+    second = model(x)
+    assert not moved(before)
+    torch.testing.assert_close(first, second)
+    (first - 2 * second).mean().backward()
+    optimiser.step()
+    with group.freeze():
+        model(x)
+        model[0].weight  # noqa: B018
+    assert not moved(before)
+    model(x)
+    assert moved(before)
+    before = vectors()
+    group.refresh()
+    model(x)
+    assert moved(before)
+
+
+def test_group_leaves_unread_layers_and_undoes_itself(backend):
+    model = nn.ModuleDict({"used": fastgan.spectral_norm(nn.Linear(4, 3)), "unused": fastgan.spectral_norm(nn.Linear(4, 3))})
+    model.forward = lambda x: model["used"](x)
+    before = copy.deepcopy(model["unused"].state_dict())
+    group = fastgan.SpectralNormGroup(model)
+    model(torch.randn(2, 4)).sum().backward()
+    for key, value in model["unused"].state_dict().items():
+        assert torch.equal(value, before[key])
+    assert all(p.grad is None for p in model["unused"].parameters())
+    group.remove()
+    assert not model._forward_pre_hooks and not model._forward_hooks
+    model(torch.randn(2, 4))
+
+
+def test_group_compiles(backend):
+    torch._dynamo.reset()
+    model = critic(fastgan.spectral_norm)
+    fastgan.SpectralNormGroup(model)
+    eager = copy.deepcopy(model)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), eager(x))
+    assert_same_state(model, eager)
+
+
+def test_group_errors():
+    with pytest.raises(ValueError, match="refresh is 'always', expected one of 'per_forward', 'per_step'"):
+        fastgan.SpectralNormGroup(critic(fastgan.spectral_norm), refresh="always")
+    with pytest.raises(ValueError, match="no weight that fastgan normalises"):
+        fastgan.SpectralNormGroup(nn.Linear(4, 3))
+
+
+# What the zoos' layers compute in eval mode, from their state_dicts: v, then u, from u.
+def zoo_output(weight, u):
+    matrix, u = weight.flatten(1), u.flatten()
+    v = nn.functional.normalize(matrix.T @ u, dim=0)
+    u = nn.functional.normalize(matrix @ v, dim=0)
+    return weight / (u @ matrix @ v)
+
+
+ZOO_KEYS = {
+    "biggan": ("0.weight", "0.u0", "0.bias"),
+    "mimicry": ("0.weight", "0.sn_u", "0.bias"),
+    "torchgan": ("0.w_bar", "0.u", "0.module.bias"),
+    "cosgrove": ("0.module.weight_bar", "0.module.weight_u", "0.module.bias"),
+}
+
+
+def plain_and(normalise, steps):
+    torch.manual_seed(0)
+    model = nn.Sequential(normalise(nn.Conv2d(6, 9, 3).double()), nn.BatchNorm2d(9).double())
+    for _ in range(steps):
+        model(torch.randn(2, 6, 8, 8, dtype=torch.float64))
+    return model.eval()
+
+
+@pytest.mark.parametrize("zoo", ZOO_KEYS)
+@pytest.mark.parametrize("form", [fastgan.spectral_norm, hook], ids=["parametrize", "hook"])
+def test_convert_to_a_zoo_and_back(form, zoo):
+    model = plain_and(form, 2 if form is hook else 300)  # exactly; once converged
+    model(torch.randn(2, 6, 8, 8, dtype=torch.float64))
+    expected = model[0].weight
+    state = model.state_dict()
+    there = fastgan.convert_spectral_state_dict(state, to=zoo)
+    weight, u, bias = ZOO_KEYS[zoo]
+    assert {weight, u, bias, "1.weight", "1.running_mean"} <= set(there) and not any(
+        "_orig" in k or "param" in k for k in there
+    )
+    torch.testing.assert_close(zoo_output(there[weight], there[u]), expected)
+    back = fastgan.convert_spectral_state_dict(there, to="hook" if form is hook else "parametrize")
+    assert set(back) == set(state)
+    for key, value in state.items():
+        torch.testing.assert_close(back[key], value)
+
+
+@pytest.mark.parametrize("zoo", ZOO_KEYS)
+@pytest.mark.parametrize("form", [fastgan.spectral_norm, hook], ids=["parametrize", "hook"])
+def test_load_what_a_zoo_saved(form, zoo):
+    """Not converged, and as the zoo's own layers have it."""
+    torch.manual_seed(1)
+    weight, u = torch.randn(9, 6, 3, 3, dtype=torch.float64), torch.randn(1, 9, dtype=torch.float64)
+    keys = ZOO_KEYS[zoo]
+    model = plain_and(form, 0)
+    foreign = {keys[0]: weight, keys[1]: u if zoo in ("biggan", "mimicry") else u[0], keys[2]: torch.zeros(9).double()}
+    foreign |= {k: v for k, v in model.state_dict().items() if k.startswith("1.")}
+    extra = {"biggan": {"0.sv0": torch.ones(1), "0.u1": u, "0.sv1": torch.ones(1)}, "mimicry": {"0.sn_sigma": torch.ones(1)}}
+    v = torch.randn(54, dtype=torch.float64)
+    foreign |= extra.get(zoo, {keys[1].removesuffix("u") + "v": v})
+    model.load_state_dict(foreign)
+    model(torch.randn(2, 6, 8, 8, dtype=torch.float64))
+    torch.testing.assert_close(model[0].weight.detach(), zoo_output(weight, u))
+    assert model[0].bias.eq(0).all()
+
+
+def test_hook_and_parametrization_load_each_other(pair):
+    torch.manual_seed(0)
+    make = lambda form: nn.Sequential(form(nn.ConvTranspose2d(5, 5, 3)), nn.ReLU(), form(nn.Conv2d(5, 2, 3)))  # noqa: E731
+    x = torch.randn(2, 5, 6, 6)
+    other = torch_hook if pair[0] is fastgan.spectral_norm else torch_parametrization
+    theirs, ours = make(other), make(pair[0])
+    theirs(x)
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+    to = "parametrize" if pair[0] is hook else "hook"
+    theirs.load_state_dict(fastgan.convert_spectral_state_dict(ours.state_dict(), to=to))
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_conversion_errors():
+    state = fastgan.spectral_norm(nn.ConvTranspose2d(3, 5, 3)).state_dict()
+    with pytest.raises(ValueError, match="to is 'keras', expected one of 'hook'"):
+        fastgan.convert_spectral_state_dict(state, to="keras")
+    with pytest.raises(ValueError, match="dimension 1 as rows, the scheme 'biggan' knows only 0"):
+        fastgan.convert_spectral_state_dict(state, to="biggan")
+    state["parametrizations.weight.0._u"] = torch.randn(7)
+    with pytest.raises(ValueError, match="has 7 elements"):
+        fastgan.convert_spectral_state_dict(state, to="hook")

@@ -45,6 +45,26 @@ def check_weight(module: nn.Module, name: str, weight) -> None:
         )
 
 
+class Groupable:
+    """A form of normalisation that a :class:`fastgan.SpectralNormGroup` may have done the work for."""
+
+    _group = None
+    _ready: tuple | None = None  # the normalised weight, and u and v where they advance
+
+    def take(self, u: Tensor, v: Tensor) -> Tensor | None:
+        """What the group has for one read of the weight, advancing u and v; None where there is nothing."""
+        if self._ready is None:
+            return None
+        normalised, advanced = self._ready
+        self._ready = None
+        for buffer, value in zip((u, v), advanced, strict=False):
+            buffer.copy_(value)
+        return normalised
+
+    def iterations(self, training: bool) -> int:
+        return self.n_power_iterations if training and not (self._group is not None and self._group.frozen) else 0
+
+
 def normalise(
     weight: Tensor,
     u: Tensor,

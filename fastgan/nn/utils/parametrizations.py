@@ -5,12 +5,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from fastgan.nn.spectral_norm import check_options, check_weight, matrix_dim, normalise
+from fastgan.nn.spectral_norm import Groupable, check_options, check_weight, matrix_dim, normalise
+from fastgan.nn.spectral_norm_state import AcceptAnyScheme
 
 _INITIAL_ITERATIONS = 15  # as torch: u and v start out as estimates
 
 
-class _SpectralNorm(nn.Module):
+class _SpectralNorm(Groupable, nn.Module):
     """weight -> weight / sigma, with the buffers ``_u`` and ``_v`` of torch's class of this name."""
 
     def __init__(self, weight: Tensor, n_power_iterations=1, dim=0, eps=1e-12, *, target=1.0, at_most=False):
@@ -38,7 +39,8 @@ class _SpectralNorm(nn.Module):
         if weight.dim() == 1:  # a vector is its own singular vector
             norm = torch.linalg.vector_norm(weight).clamp_min(self.eps) / self.target
             return weight / (norm.clamp_min(1.0) if self.at_most else norm)
-        return self._normalise(weight, self.n_power_iterations if self.training else 0)
+        ready = self.take(self._u, self._v)
+        return self._normalise(weight, self.iterations(self.training)) if ready is None else ready
 
     def right_inverse(self, value: Tensor) -> Tensor:
         return value
@@ -79,7 +81,8 @@ def spectral_norm(
         TypeError: the weight is not of a floating dtype.
 
     Differences from torch: a weight of zeros stays zero and keeps u, v and its gradient finite, and one with NaN or Inf in it
-    leaves u and v as they were, where torch fills them all with NaN. Weights of 16 bits have u and v of 16 bits, as after
+    leaves u and v as they were, where torch fills them all with NaN. ``load_state_dict`` accepts any scheme of
+    :func:`fastgan.convert_spectral_state_dict`. Weights of 16 bits have u and v of 16 bits, as after
     ``.half()`` in torch, but the arithmetic is float32.
 
     Source: Miyato et al. 2018, "Spectral Normalization for Generative Adversarial Networks"; ``at_most`` is TF-GAN's
@@ -94,4 +97,6 @@ def spectral_norm(
     check_weight(module, name, weight)
     made = _SpectralNorm(weight, n_power_iterations, matrix_dim(module, dim), eps, target=target, at_most=at_most)
     parametrize.register_parametrization(module, name, made)
+    if weight.dim() > 1:
+        module.register_load_state_dict_pre_hook(AcceptAnyScheme(name, "parametrize", made.dim))
     return module

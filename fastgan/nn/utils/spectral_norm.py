@@ -1,5 +1,7 @@
 """Spectral normalisation as a hook: ``torch.nn.utils.spectral_norm`` on fastgan's kernels."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -7,10 +9,11 @@ from torch.nn.utils.spectral_norm import SpectralNorm as _TorchSpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
 from torch.nn.utils.spectral_norm import remove_spectral_norm as _torch_remove
 
-from fastgan.nn.spectral_norm import check_options, check_weight, matrix_dim, normalise
+from fastgan.nn.spectral_norm import Groupable, check_options, check_weight, matrix_dim, normalise
+from fastgan.nn.spectral_norm_state import AcceptAnyScheme
 
 
-class SpectralNorm(_TorchSpectralNorm):
+class SpectralNorm(Groupable, _TorchSpectralNorm):
     """The forward pre-hook. Being a kind of torch's, it is known to whatever looks for that: ``remove_spectral_norm``, the
     state_dict hooks with their version, and code that tests with ``isinstance``."""
 
@@ -21,10 +24,11 @@ class SpectralNorm(_TorchSpectralNorm):
 
     def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
         weight, u, v = (getattr(module, self.name + suffix) for suffix in ("_orig", "_u", "_v"))
-        return normalise(weight, u, v, self.dim, self.n_power_iterations if do_power_iteration else 0, self.eps, True)
+        return normalise(weight, u, v, self.dim, self.iterations(do_power_iteration), self.eps, True)
 
     def __call__(self, module: nn.Module, inputs) -> None:
-        self._latest = self.compute_weight(module, module.training)
+        ready = self.take(getattr(module, self.name + "_u"), getattr(module, self.name + "_v"))
+        self._latest = self.compute_weight(module, module.training) if ready is None else ready
         setattr(module, self.name, self._latest)
 
     def __deepcopy__(self, memo):
@@ -32,15 +36,12 @@ class SpectralNorm(_TorchSpectralNorm):
         # attributes: leave a copy without the graph for when it is the weight's turn.
         if self._latest is not None and id(self._latest) not in memo:
             memo[id(self._latest)] = self._latest.detach().clone()
-        return self._without_latest()
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     def __getstate__(self):
         return self.__dict__ | {"_latest": None}
-
-    def _without_latest(self) -> "SpectralNorm":
-        copied = type(self).__new__(type(self))
-        copied.__dict__.update(self.__getstate__())
-        return copied
 
     @staticmethod
     def apply(module: nn.Module, name: str, n_power_iterations: int, dim: int, eps: float) -> "SpectralNorm":
@@ -69,6 +70,7 @@ class SpectralNorm(_TorchSpectralNorm):
         module.register_buffer(name + "_v", v)
         module.register_forward_pre_hook(fn)
         module._register_state_dict_hook(SpectralNormStateDictHook(fn))
+        module.register_load_state_dict_pre_hook(AcceptAnyScheme(name, "hook", fn.dim))
         module._register_load_state_dict_pre_hook(SpectralNormLoadStateDictPreHook(fn))
         return fn
 
@@ -118,6 +120,7 @@ def remove_spectral_norm(module: nn.Module, name: str = "weight") -> nn.Module:
     hooks = module._load_state_dict_pre_hooks
     for key, wrapped in list(hooks.items()):
         inner = getattr(wrapped, "hook", wrapped)
-        if isinstance(inner, SpectralNormLoadStateDictPreHook) and inner.fn.name == name:
+        ours = isinstance(inner, AcceptAnyScheme) and inner.to == "hook" and inner.name == name
+        if ours or (isinstance(inner, SpectralNormLoadStateDictPreHook) and inner.fn.name == name):
             del hooks[key]
     return module
