@@ -549,3 +549,24 @@ def test_conversion_errors():
     state["parametrizations.weight.0._u"] = torch.randn(7)
     with pytest.raises(ValueError, match="has 7 elements"):
         fastgan.convert_spectral_state_dict(state, to="hook")
+
+
+def test_functional(backend):
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((5, 4), (3, 6, 2))]
+    u, v = ([torch.randn(n, generator=generator, dtype=torch.float64) for n in sizes] for sizes in ((5, 6), (4, 6)))
+    together = fastgan.functional.spectral_normalize(weights, u, v, dim=[0, 1], n_power_iterations=200)
+    for i, weight in enumerate(weights):
+        normalised, new_u, _, sigma = fastgan.functional.spectral_normalize(weight, u[i], v[i], dim=i, n_power_iterations=200)
+        norm = torch.linalg.matrix_norm(weight.movedim(i, 0).flatten(1), 2)
+        torch.testing.assert_close(sigma, norm)
+        torch.testing.assert_close(normalised, weight / norm)
+        torch.testing.assert_close((together[0][i], together[1][i], together[3][i]), (normalised, new_u, sigma))
+    with pytest.raises(ValueError, match=r"v has shape \(4,\), expected \(12,\)"):
+        fastgan.functional.spectral_normalize(torch.randn(5, 12), u[0].float(), v[0].float())
+    with pytest.raises(TypeError, match=r"u has dtype .*float64, expected .*float32"):
+        fastgan.functional.spectral_normalize(weights[0].half(), u[0], v[0])
+    with pytest.raises(ValueError, match="have 2, 1, 2 and 2 elements"):
+        fastgan.functional.spectral_normalize(weights, u[:1], v)
+    with pytest.raises(TypeError, match=r"weight is torch\.int64"):
+        fastgan.functional.spectral_normalize(torch.ones(3, 4).long(), u[0], v[0])

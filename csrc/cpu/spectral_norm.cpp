@@ -44,7 +44,7 @@ namespace {
 
 constexpr int64_t kStripe = 1 << 15;      // elements that are worth a task
 constexpr int64_t kMaxStripes = 16;       // per weight: each has its own sums
-constexpr int64_t kTogether = 1 << 20;    // elements of weights worked on at once: they stay in cache until the second look
+constexpr int64_t kTogether = 1 << 17;    // elements of weights worked on at once: they stay in cache until the second look
 constexpr int64_t kPastCaches = 1 << 21;  // elements above which results are written past the caches
 
 template <class S> struct AccumulateIn { using Type = float; };
