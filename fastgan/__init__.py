@@ -24,3 +24,6 @@ from fastgan.functional import r1_penalty as r1_penalty
 from fastgan.functional import r2_penalty as r2_penalty
 from fastgan.functional import wgan_div_penalty as wgan_div_penalty
 from fastgan.functional import zero_centered_penalty as zero_centered_penalty
+from fastgan.nn.spectral_norm_group import SpectralNormGroup as SpectralNormGroup
+from fastgan.nn.spectral_norm_state import convert_spectral_state_dict as convert_spectral_state_dict
+from fastgan.nn.utils.parametrizations import spectral_norm as spectral_norm

@@ -1,5 +1,7 @@
 """The functions of fastgan in one place; minibatch features are defined here, over the operators of ``fastgan.ops``."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,8 @@ from fastgan.critic import critic_step as critic_step
 from fastgan.critic import explain as explain
 from fastgan.distributed import gather_batch, rows_of_this_rank
 from fastgan.ops import minibatch_discrimination as _minibatch_discrimination
+from fastgan.ops import spectral_norm as _spectral_norm
+from fastgan.ops.minibatch_discrimination import accumulate_dtype
 from fastgan.penalties import dragan_penalty as dragan_penalty
 from fastgan.penalties import gradient_penalty as gradient_penalty
 from fastgan.penalties import max_gradient_penalty as max_gradient_penalty
@@ -17,7 +21,7 @@ from fastgan.penalties import r2_penalty as r2_penalty
 from fastgan.penalties import wgan_div_penalty as wgan_div_penalty
 from fastgan.penalties import zero_centered_penalty as zero_centered_penalty
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _check_tensor(function: str, name: str, value, shape: str) -> None:
@@ -30,7 +34,7 @@ def _check_tensor(function: str, name: str, value, shape: str) -> None:
             f"{function}: {name} has {value.dim()} dimensions {tuple(value.shape)}, expected {rank}: {shape}"
             + (". A (B, K*D) projection becomes it with .view(B, K, D)" if shape == "(B, K, D)" and value.dim() == 2 else "")
         )
-    if value.dtype not in _FLOATS:
+    if value.dtype not in FLOATS:
         raise TypeError(
             f"{function}: {name} has dtype {value.dtype}, expected a floating dtype; convert it with {name}.float()"
         )
@@ -65,3 +69,75 @@ def minibatch_discrimination(m: Tensor, *, self_term: bool = True, group=None) -
         return _minibatch_discrimination.forward(m, self_term)
     everyone, counts = gather_batch(m, group, "minibatch_discrimination: m")
     return rows_of_this_rank(_minibatch_discrimination.forward(everyone, self_term), counts, group)
+
+
+def spectral_normalize(
+    weight: Tensor | list[Tensor],
+    u: Tensor | list[Tensor],
+    v: Tensor | list[Tensor],
+    *,
+    dim: int | list[int] = 0,
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    v_first: bool = False,
+    target: float = 1.0,
+    at_most: bool = False,
+):
+    r"""Power iteration, largest singular value and normalised weight, for one weight or for a list of them in one call.
+
+    A weight is the matrix W (h, w) with its dimension ``dim`` as rows. Nothing is changed in place.
+
+    Args:
+        weight: of any rank; float16, bfloat16, float32 or float64, any strides, which the result keeps. Or a list.
+        u, v: (h,) and (w,), of length 1; float64 for a float64 weight, else float32. Lists for a list.
+        dim: which dimension of the weight is rows; for a list, one for each or one for all.
+        n_power_iterations: 0 or more.
+        eps: lower limit of the norms that u and v are divided by.
+        v_first: update v, then u (``torch.nn.utils.spectral_norm``), instead of u, then v (torch's parametrization).
+        target: the largest singular value to normalise to.
+        at_most: leave weights alone whose largest singular value is at most ``target``.
+
+    Returns:
+        (normalised, u, v, sigma), sigma of shape () or, for a list of L weights, three lists and (L,). ``normalised`` and
+        ``sigma`` are differentiable with respect to ``weight``, any number of times, with u and v constant; in forward mode
+        and under ``torch.func`` too.
+
+    Raises:
+        TypeError: a weight that is no floating tensor; u or v of another dtype than said.
+        ValueError: u or v of another shape than (h,) or (w,); lists of different lengths; an empty list.
+
+    A weight of zeros stays zero, and an iteration that yields zero or non-finite vectors is not taken.
+
+    Source: Miyato et al. 2018, "Spectral Normalization for Generative Adversarial Networks".
+    """
+    several = isinstance(weight, (list, tuple))
+    weights, us, vs = ([*x] if several else [x] for x in (weight, u, v))
+    dims = list(dim) if isinstance(dim, (list, tuple)) else [dim] * len(weights)
+    if not weights or not len(weights) == len(us) == len(vs) == len(dims):
+        raise ValueError(
+            f"spectral_normalize: weight, u, v and dim have {len(weights)}, {len(us)}, {len(vs)} and {len(dims)} elements, "
+            f"expected as many of each, and at least one"
+        )
+    for w, one_u, one_v, d in zip(weights, us, vs, dims, strict=True):
+        if not isinstance(w, Tensor) or w.dtype not in FLOATS:
+            raise TypeError(
+                f"spectral_normalize: weight is {getattr(w, 'dtype', type(w).__name__)}, expected a floating tensor"
+            )
+        if not -w.dim() <= d < w.dim():
+            raise ValueError(f"spectral_normalize: dim is {d}, out of range for a weight of shape {tuple(w.shape)}")
+        columns = math.prod(size for i, size in enumerate(w.shape) if i != d % w.dim())
+        for name, vector, length in (("u", one_u, w.shape[d]), ("v", one_v, columns)):
+            if tuple(vector.shape) != (length,):
+                raise ValueError(
+                    f"spectral_normalize: {name} has shape {tuple(vector.shape)}, expected ({length},) for a weight of shape "
+                    f"{tuple(w.shape)} with dim={d}"
+                )
+            if vector.dtype != accumulate_dtype(w.dtype):
+                raise TypeError(
+                    f"spectral_normalize: {name} has dtype {vector.dtype}, expected {accumulate_dtype(w.dtype)} for a weight "
+                    f"of {w.dtype}; convert it with {name}.to({accumulate_dtype(w.dtype)})"
+                )
+    options = n_power_iterations, eps, v_first, target, at_most
+    if several:
+        return _spectral_norm.multi(weights, us, vs, dims, *options)
+    return _spectral_norm.forward(weight, u, v, dim, *options)

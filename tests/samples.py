@@ -4,11 +4,13 @@
 Adding an operator: add an entry, and the battery (test_ops.py) covers it on every backend.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,9 @@ class Operator:
     large: tuple[int, ...]  # for thread and memory questions
     differentiable: bool = True  # in reverse mode
     forward_mode: bool = True
+    constants: tuple[int, ...] = ()  # positions of inputs that the derivatives take as constant
+    bad: tuple[int, tuple[int, ...]] = (-1, (4, 1, 2))  # the input that gets a non-finite element, and where in it
+    bad_shape: tuple[int, ...] = (9, 2, 3)
 
 
 def normal(*shape: int, dtype: torch.dtype, generator: torch.Generator, scale: float = 1.0) -> Tensor:
@@ -61,11 +66,79 @@ _SMALL = ((2, 2, 2), (5, 2, 3), (6, 1, 1))
 _mbd = {"shapes": _BKD + _EMPTY, "interpreted": _INTERPRETED + _EMPTY, "small": _SMALL, "large": (257, 9, 16)}
 
 OPERATORS: dict[str, Operator] = {
-    "minibatch_discrimination": Operator(lambda *a: (_m(*a), False), **_mbd),
+    "minibatch_discrimination": Operator(lambda *a: (_m(*a), False), bad=(0, (4, 1, 2)), **_mbd),
     "minibatch_discrimination_backward": Operator(lambda *a: (_g(*a), _m(*a)), **_mbd),
     "minibatch_discrimination_jvp": Operator(lambda *a: (_v(*a), _m(*a)), forward_mode=False, **_mbd),
     "minibatch_discrimination_double_backward": Operator(
         lambda *a: (_v(*a), _g(*a), _m(*a)), differentiable=False, forward_mode=False, **_mbd
+    ),
+}
+
+
+# Spectral norm: shapes are those of the weight, then dim, the number of power iterations, and 1 for v first.
+def _sn(*shape, target=1.5, at_most=False):
+    *shape, dim, iterations, v_first, dtype, generator = shape
+    work = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    weight = normal(*shape, dtype=dtype, generator=generator, scale=0.3)
+    rows = shape[dim]
+    columns = math.prod(shape[:dim] + shape[dim + 1 :])
+    u, v = (normal(n, dtype=work, generator=generator) for n in (rows, columns))
+    return weight, u / u.norm(), v / v.norm(), dim, iterations, 1e-12, bool(v_first), target, at_most
+
+
+def _sn_backward(*shape):
+    weight, u, v, dim, *_, target, at_most = _sn(*shape)
+    sigma = u.new_tensor(1.7)
+    return normal(*weight.shape, dtype=weight.dtype, generator=shape[-1]), weight, u, v, sigma, dim, target, at_most
+
+
+def _sn_multi(*shape):
+    *shape, dim, iterations, v_first, dtype, generator = shape
+    transposed = tuple(reversed(shape))
+    several = [(shape, dim), (transposed, len(shape) - 1), (shape, 0)]
+    made = [_sn(*one, d, iterations, v_first, dtype, generator, at_most=True, target=0.9) for one, d in several]
+    weights, u, v, dims, *_ = (list(column) for column in zip(*made, strict=True))
+    return weights, u, v, dims, *made[0][4:]
+
+
+def _sn_multi_backward(*shape):
+    weights, u, v, dims, *_, target, at_most = _sn_multi(*shape)
+    grads = [normal(*w.shape, dtype=w.dtype, generator=shape[-1]) for w in weights]
+    return grads, weights, u, v, u[0].new_tensor([1.7, 0.8, 2.5]), dims, target, at_most
+
+
+_SN = (
+    (1, 1, 0, 1, 0),
+    (3, 5, 0, 1, 1),
+    (1, 300, 0, 2, 0),
+    (19, 7, 3, 3, 0, 1, 0),
+    (19, 7, 3, 3, 1, 1, 1),
+    (24, 17, 4, 4, 1, 3, 0),
+    (70, 33, 0, 0, 0),
+    (64, 576, 0, 1, 0),
+    (65, 577, 0, 1, 1),
+    (257, 1, 0, 1, 1),
+    (130, 65, 1, 2, 1),
+    (130, 65, 1, 1, 0),
+    (0, 3, 0, 1, 0),
+    (3, 0, 0, 1, 1),
+)
+_SN_INTERPRETED = ((1, 1, 0, 1, 0), (3, 5, 0, 1, 1), (19, 7, 3, 3, 0, 1, 0), (65, 33, 0, 2, 1), (0, 3, 0, 1, 0))
+_SN_SMALL = ((1, 1, 0, 0, 0), (4, 3, 0, 0, 0), (3, 4, 2, 1, 0, 1))
+_sn_common = {
+    "shapes": _SN,
+    "interpreted": _SN_INTERPRETED,
+    "small": _SN_SMALL,
+    "large": (301, 67, 3, 3, 0, 2, 0),
+    "bad_shape": (9, 6, 0, 1, 0),
+}
+
+OPERATORS |= {
+    "spectral_norm": Operator(_sn, constants=(1, 2), bad=(0, (4, 2)), **_sn_common),
+    "spectral_norm_backward": Operator(_sn_backward, constants=(2, 3), bad=(1, (4, 2)), **_sn_common),
+    "spectral_norm_multi": Operator(_sn_multi, constants=(1, 2), bad=(0, (4, 2)), **_sn_common),
+    "spectral_norm_multi_backward": Operator(
+        _sn_multi_backward, forward_mode=False, constants=(2, 3), bad=(0, (4, 2)), **_sn_common
     ),
 }
 
@@ -75,7 +148,12 @@ def inputs(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float64
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], values: tuple) -> tuple:
-    return tuple(function(value) if isinstance(value, Tensor) else value for value in values)
+    """``function`` of every tensor, those in lists included."""
+    return tree_map_only(Tensor, function, values)
+
+
+def tensors_of(values) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
 def permuted(x: Tensor) -> Tensor:
@@ -86,6 +164,8 @@ def permuted(x: Tensor) -> Tensor:
 
 def strided(x: Tensor) -> Tensor:
     """Same values, every second element of each row of a larger storage, at an offset."""
+    if x.dim() == 0:
+        return x
     room = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 1), float("nan"))
     view = room[..., 1::2]
     view.copy_(x)
@@ -94,7 +174,7 @@ def strided(x: Tensor) -> Tensor:
 
 def expanded(x: Tensor) -> Tensor:
     """All samples the first one, with stride 0."""
-    return x[:1].expand_as(x)
+    return x[:1].expand_as(x) if x.dim() else x
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -1,0 +1,576 @@
+// Spectral norm on the CPU: the matrices' layout in memory, the distribution over threads, and the dispatcher's side. The
+// inner loops are in spectral_norm.inl, once per instruction set.
+//
+// A weight, its dimensions sorted by stride, is an array (A, R, B) with the matrix's rows in the middle; its columns are the
+// pairs (a, b). One power iteration reads it once. "Rows first" (q, then p, then q: torch's parametrization) takes a few rows
+// at a time, forms p_r = w_r . q and adds p_r w_r to the new q while the rows are in cache. "Columns first" (torch's hook)
+// takes tiles of columns over all rows and does the same the other way round. Where B is 1 the matrix is stored transposed,
+// and the two change places.
+//
+// Weights are cut into stripes, whose number follows from the shape alone; stripes' sums are added in order. So results don't
+// depend on the number of threads.
+#include "common.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <sstream>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace fastgan {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kTileBytes = 256;
+
+}  // namespace
+}  // namespace fastgan
+
+#define FASTGAN_SIMD_SOURCE "spectral_norm.inl"
+#include "simd.h"
+
+namespace fastgan {
+namespace {
+
+constexpr int64_t kStripe = 1 << 15;      // elements that are worth a task
+constexpr int64_t kMaxStripes = 16;       // per weight: each has its own sums
+constexpr int64_t kTogether = 1 << 17;    // elements of weights worked on at once: they stay in cache until the second look
+constexpr int64_t kPastCaches = 1 << 21;  // elements above which results are written past the caches
+
+template <class S> struct AccumulateIn { using Type = float; };
+template <> struct AccumulateIn<double> { using Type = double; };
+
+struct Scale {
+  double target;
+  bool at_most;
+
+  bool active(double sigma) const { return at_most ? !(sigma <= target) : sigma != 0; }
+  double value(double sigma) const { return active(sigma) ? target / sigma : 1; }
+  double slope(double sigma) const { return active(sigma) ? -target / sigma / sigma : 0; }
+};
+
+struct Iteration {
+  int64_t count;
+  double eps;
+  bool v_first;
+};
+
+// One weight. p belongs to the matrix's rows and q to its columns, in the order they have in memory.
+struct Matrix {
+  Tensor weight;  // dense
+  int64_t A = 1, R = 1, B = 1;
+  bool swapped = false;             // B was 1: rows and columns, and so u and v, have changed places
+  std::vector<int64_t> v_position;  // where in v the column of each place in memory is; empty: in the same order
+
+  int64_t columns() const { return A * B; }
+  int64_t numel() const { return A * R * B; }
+  bool past_caches() const { return numel() > kPastCaches; }
+};
+
+bool same_layout(const Tensor& a, const Tensor& b) {
+  for (int64_t dim = 0; dim < a.dim(); ++dim)
+    if (a.size(dim) > 1 && a.stride(dim) != b.stride(dim)) return false;
+  return true;
+}
+
+// x in the layout of like, which is dense.
+Tensor laid_out_as(const Tensor& x, const Tensor& like) {
+  if (same_layout(x, like)) return x;
+  Tensor copy = torch::stable::empty_like(like);
+  return torch::stable::copy_(copy, x);
+}
+
+Matrix as_matrix(const Tensor& weight, const Tensor& result, int64_t dim) {
+  Matrix m;
+  m.weight = laid_out_as(weight, result);
+  const int64_t dims = weight.dim();
+  if (dim < 0) dim += dims;
+  std::vector<int64_t> order(dims), others, logical;
+  std::iota(order.begin(), order.end(), 0);
+  // Dimensions of size 1 have strides without meaning, which a comparison can't order: leave them out.
+  order.erase(std::remove_if(order.begin(), order.end(), [&](int64_t d) { return weight.size(d) == 1 && d != dim; }), order.end());
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return result.stride(a) > result.stride(b); });
+  bool before = true;
+  for (int64_t d : order) {
+    if (d == dim) {
+      before = false;
+      m.R = weight.size(d);
+      continue;
+    }
+    (before ? m.A : m.B) *= weight.size(d);
+    others.push_back(d);
+  }
+  if (m.R == 1) m.B *= m.A, m.A = 1;  // one row: where it stands among the dimensions means nothing
+  for (int64_t d = 0; d < dims; ++d)
+    if (d != dim && weight.size(d) != 1) logical.push_back(d);
+  if (others != logical) {
+    std::vector<int64_t> stride(dims, 0);
+    int64_t next = 1;
+    for (size_t i = logical.size(); i-- > 0; next *= weight.size(logical[i])) stride[logical[i]] = next;
+    m.v_position.resize(m.columns());
+    std::vector<int64_t> index(others.size(), 0);
+    int64_t at = 0;
+    for (int64_t& position : m.v_position) {
+      position = at;
+      for (size_t i = others.size(); i-- > 0;) {
+        at += stride[others[i]];
+        if (++index[i] < weight.size(others[i])) break;
+        at -= stride[others[i]] * weight.size(others[i]);
+        index[i] = 0;
+      }
+    }
+  }
+  if (m.B == 1 && m.A > 1) std::swap(m.A, m.R), std::swap(m.A, m.B), m.swapped = true;  // (A, R, 1) -> (1, A, R)
+  return m;
+}
+
+template <class T> void load_vector(const T* in, int64_t count, const std::vector<int64_t>& position, T* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = position.empty() ? in[i] : in[position[i]];
+}
+
+template <class T> void store_vector(const T* in, int64_t count, const std::vector<int64_t>& position, T* out) {
+  for (int64_t i = 0; i < count; ++i) out[position.empty() ? i : position[i]] = in[i];
+}
+
+// Memory that a thread keeps for its next call: fresh memory costs more than the arithmetic here.
+template <class T> T* scratch(int64_t count) {
+  struct Free {
+    void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+  thread_local std::unique_ptr<char, Free> memory;
+  thread_local int64_t bytes = 0;
+  const int64_t wanted = count * int64_t(sizeof(T));
+  if (wanted > bytes) {
+    memory.reset();
+    memory.reset(static_cast<char*>(::operator new(wanted, std::align_val_t(64))));
+    bytes = wanted;
+  }
+  return reinterpret_cast<T*>(memory.get());
+}
+
+int64_t round_up(int64_t count) { return (count + 15) / 16 * 16; }
+
+// Tasks of unequal length, each taken by whichever thread is free.
+template <class F> void for_each_task(int64_t count, int64_t work, const F& task) {
+  const int64_t threads = work < kStripe * 2 ? 1 : std::min<int64_t>(count, torch::stable::get_num_threads());
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; ++i) task(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin)
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
+  });
+}
+
+template <class S> struct Forward {
+  using T = typename AccumulateIn<S>::Type;
+  static constexpr bool direct = std::is_same_v<S, T>;
+
+  Matrix m;
+  Tensor result, new_u, new_v;
+  const T *u, *v;
+  T *sigma_out;
+  Iteration iteration;
+  Scale scale;
+  bool rows_first;
+  int64_t stripes, lanes;
+  T *p, *q;           // current vectors
+  T *row_sums, *column_sums;  // per stripe: see the constructor
+  double sigma = 0;
+
+  Forward(Matrix matrix, Tensor result, Tensor new_u, Tensor new_v, const T* u, const T* v, T* sigma_out, Iteration iteration, Scale scale)
+      : m(std::move(matrix)), result(result), new_u(new_u), new_v(new_v), u(u), v(v), sigma_out(sigma_out), iteration(iteration), scale(scale) {
+    rows_first = iteration.count == 0 || iteration.v_first == m.swapped;
+    lanes = FASTGAN_FOR_ISA(lanes<T>)();
+    const int64_t units = rows_first ? m.R / 4 : m.A * tiles_across();
+    stripes = std::max<int64_t>(1, std::min({kMaxStripes, m.numel() / kStripe, units}));
+  }
+
+  // Floats of scratch: p, q, and sums over rows and over columns, one side of them per stripe.
+  int64_t row_room() const { return round_up(m.R) * (rows_first ? 1 : lanes * stripes); }
+  int64_t column_room() const { return round_up(m.columns()) * (rows_first ? stripes : 1); }
+  int64_t room() const { return round_up(m.R) + round_up(m.columns()) + row_room() + column_room(); }
+
+  void begin(T* memory) {
+    p = memory, q = p + round_up(m.R);
+    row_sums = q + round_up(m.columns()), column_sums = row_sums + row_room();
+    load_vector(m.swapped ? v : u, m.R, m.swapped ? m.v_position : none(), p);
+    load_vector(m.swapped ? u : v, m.columns(), m.swapped ? none() : m.v_position, q);
+  }
+
+  static const std::vector<int64_t>& none() {
+    static const std::vector<int64_t> empty;
+    return empty;
+  }
+
+  int64_t tile_width() const { return kTileBytes / sizeof(T); }
+  int64_t tiles_across() const { return (m.B + tile_width() - 1) / tile_width(); }
+  const S* data() const { return static_cast<const S*>(m.weight.const_data_ptr()); }
+
+  void run_stripe(int64_t stripe) { rows_first ? run_rows(stripe) : run_tiles(stripe); }
+
+  void run_rows(int64_t stripe) {
+    const auto rows = FASTGAN_FOR_ISA(rows<T>);
+    const auto convert = FASTGAN_FOR_ISA(convert<S, T>);
+    const int64_t groups = (m.R + 3) / 4, columns = m.columns();
+    const int64_t begin = groups * stripe / stripes * 4, end = std::min(m.R, groups * (stripe + 1) / stripes * 4);
+    T* z = iteration.count ? column_sums + stripe * round_up(columns) : nullptr;
+    if (z) std::fill_n(z, columns, T(0));
+    if constexpr (direct)
+      if (m.A == 1) return rows(data() + begin * columns, columns, columns, end - begin, q, row_sums + begin, z);
+    const auto packed = std::make_unique_for_overwrite<T[]>(4 * columns);
+    for (int64_t r = begin; r < end; r += 4) {
+      const int64_t count = std::min<int64_t>(4, end - r);
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t a = 0; a < m.A; ++a) convert(data() + (a * m.R + r + i) * m.B, m.B, packed.get() + i * columns + a * m.B);
+      rows(packed.get(), columns, columns, count, q, row_sums + r, z);
+    }
+  }
+
+  void run_tiles(int64_t stripe) {
+    const auto tile = FASTGAN_FOR_ISA(tile<T>);
+    const auto convert = FASTGAN_FOR_ISA(convert<S, T>);
+    const auto tile_vectors = FASTGAN_FOR_ISA(tile_vectors<T>);
+    const int64_t across = tiles_across(), tiles = m.A * across;
+    T* y = row_sums + stripe * round_up(m.R) * lanes;
+    std::fill_n(y, m.R * lanes, T(0));
+    alignas(64) T z[kTileBytes / sizeof(T)];
+    std::unique_ptr<T[]> packed;
+    for (int64_t i = tiles * stripe / stripes; i < tiles * (stripe + 1) / stripes; ++i) {
+      const int64_t a = i / across, b = i % across * tile_width(), width = std::min(tile_width(), m.B - b);
+      const int64_t vectors = tile_vectors(width), padded = vectors * lanes;
+      const S* w = data() + a * m.R * m.B + b;
+      bool in_place = false;
+      if constexpr (direct)
+        if (padded == width) tile(w, m.B, m.R, vectors, p, z, y), in_place = true;
+      if (!in_place) {
+        if (!packed) packed = std::make_unique<T[]>(m.R * tile_width());
+        for (int64_t r = 0; r < m.R; ++r) {
+          convert(w + r * m.B, width, packed.get() + r * padded);
+          std::fill_n(packed.get() + r * padded + width, padded - width, T(0));
+        }
+        tile(packed.get(), padded, m.R, vectors, p, z, y);
+      }
+      std::copy_n(z, width, column_sums + a * m.B + b);
+    }
+  }
+
+  // After all stripes: new p and q, and sigma.
+  void finish() {
+    const auto squares = FASTGAN_FOR_ISA(squares<T>);
+    const int64_t columns = m.columns();
+    T *rows = row_sums, *sums = column_sums;  // W q and W^T W q; or, columns first, W W^T p and W^T p
+    if (rows_first) {
+      if (iteration.count)
+        for (int64_t s = 1; s < stripes; ++s) add(sums, sums + s * round_up(columns), columns);
+    } else {
+      for (int64_t s = 1; s < stripes; ++s) add(rows, rows + s * round_up(m.R) * lanes, m.R * lanes);
+      for (int64_t r = 0; r < m.R; ++r) {
+        T total = 0;
+        for (int64_t i = 0; i < lanes; ++i) total += rows[r * lanes + i];
+        rows[r] = total;
+      }
+    }
+    T *first = rows_first ? rows : sums, *second = rows_first ? sums : rows;
+    T *first_vector = rows_first ? p : q, *second_vector = rows_first ? q : p;
+    const int64_t first_count = rows_first ? m.R : columns, second_count = rows_first ? columns : m.R;
+    if (iteration.count) {
+      const double first_norm = std::sqrt(squares(first, first_count)), second_norm = std::sqrt(squares(second, second_count));
+      const double a = std::max(first_norm, iteration.eps), b = std::max(second_norm / a, iteration.eps);
+      if (first_norm > 0 && second_norm > 0 && std::isfinite(first_norm) && std::isfinite(second_norm)) {
+        scale_to(first, first_count, 1 / a, first_vector);
+        scale_to(second, second_count, 1 / a / b, second_vector);
+        sigma = second_norm / a * (second_norm / a) / b;
+        return;
+      }
+    }
+    double dot = 0;  // no step: what came first is W q (or W^T p) for the vectors that stay
+    for (int64_t i = 0; i < first_count; ++i) dot += double(first[i]) * first_vector[i];
+    sigma = dot;
+  }
+
+  static void add(T* to, const T* from, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+  }
+  static void scale_to(const T* from, int64_t count, double factor, T* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] = T(from[i] * factor);
+  }
+
+  void write_vectors() {
+    *sigma_out = T(sigma);
+    store_vector(p, m.R, m.swapped ? m.v_position : none(), static_cast<T*>((m.swapped ? new_v : new_u).mutable_data_ptr()));
+    store_vector(q, m.columns(), m.swapped ? none() : m.v_position, static_cast<T*>((m.swapped ? new_u : new_v).mutable_data_ptr()));
+  }
+
+  int64_t chunks() const { return (m.numel() + kStripe - 1) / kStripe; }
+
+  void write(int64_t chunk) {
+    const int64_t begin = chunk * kStripe, count = std::min(kStripe, m.numel() - begin);
+    FASTGAN_FOR_ISA(combine<S, T>)(data() + begin, static_cast<S*>(result.mutable_data_ptr()) + begin, count, T(scale.value(sigma)), T(0),
+                                static_cast<const T*>(nullptr), m.past_caches());
+    if (m.past_caches()) FASTGAN_FOR_ISA(end_of_stream)();
+  }
+};
+
+template <class S> struct Backward {
+  using T = typename AccumulateIn<S>::Type;
+
+  Matrix m;
+  Tensor grad, result;
+  const T *u, *v;
+  T sigma;
+  Scale scale;
+  T *p, *q;
+  double* dots;
+
+  int64_t rows_per_chunk() const { return std::max<int64_t>(1, kStripe / std::max<int64_t>(1, m.B)); }
+  int64_t chunks() const { return m.numel() == 0 ? 0 : (m.A * m.R + rows_per_chunk() - 1) / rows_per_chunk(); }
+  int64_t room() const { return round_up(m.R) + round_up(m.columns()) + round_up(chunks()) * int64_t(sizeof(double) / sizeof(T)); }
+
+  void begin(T* memory) {
+    dots = reinterpret_cast<double*>(memory);
+    p = memory + round_up(chunks()) * int64_t(sizeof(double) / sizeof(T)), q = p + round_up(m.R);
+    load_vector(m.swapped ? v : u, m.R, m.swapped ? m.v_position : Forward<S>::none(), p);
+    load_vector(m.swapped ? u : v, m.columns(), m.swapped ? Forward<S>::none() : m.v_position, q);
+  }
+
+  const S* data(const Tensor& tensor) const { return static_cast<const S*>(tensor.const_data_ptr()); }
+
+  void multiply(int64_t chunk) {
+    const int64_t begin = chunk * rows_per_chunk() * m.B, end = std::min(m.numel(), begin + rows_per_chunk() * m.B);
+    dots[chunk] = FASTGAN_FOR_ISA(dot<S, T>)(data(grad) + begin, data(m.weight) + begin, end - begin);
+  }
+
+  void write(int64_t chunk) {
+    const auto run = FASTGAN_FOR_ISA(combine<S, T>);
+    const double inner = std::accumulate(dots, dots + chunks(), 0.0);
+    const T s = T(scale.value(sigma)), k = T(scale.slope(sigma) * inner);
+    const int64_t end = std::min(m.A * m.R, (chunk + 1) * rows_per_chunk());
+    for (int64_t row = chunk * rows_per_chunk(); row < end; ++row)
+      run(data(grad) + row * m.B, static_cast<S*>(result.mutable_data_ptr()) + row * m.B, m.B, s, T(k * p[row % m.R]),
+          q + row / m.R * m.B, m.past_caches());
+    if (m.past_caches()) FASTGAN_FOR_ISA(end_of_stream)();
+  }
+};
+
+// Calls step(first, last) for runs of layers that are small enough together.
+template <class Layer, class F> void in_batches(std::vector<Layer>& layers, const F& step) {
+  for (size_t first = 0, last; first < layers.size(); first = last) {
+    int64_t total = 0;
+    for (last = first; last < layers.size() && (last == first || total + layers[last].m.numel() <= kTogether); ++last)
+      total += layers[last].m.numel();
+    step(first, last, total);
+  }
+}
+
+// Tasks (layer, part) of a batch.
+template <class Layer, class F> std::vector<std::pair<Layer*, int64_t>> parts_of(std::vector<Layer>& layers, size_t first, size_t last, const F& count) {
+  std::vector<std::pair<Layer*, int64_t>> parts;
+  for (size_t i = first; i < last; ++i)
+    for (int64_t part = 0; part < count(layers[i]); ++part) parts.emplace_back(&layers[i], part);
+  return parts;
+}
+
+template <class Layer> void begin_all(std::vector<Layer>& layers, size_t first, size_t last) {
+  int64_t room = 0;
+  for (size_t i = first; i < last; ++i) room += layers[i].room();
+  auto* memory = scratch<typename Layer::T>(room);
+  for (size_t i = first; i < last; memory += layers[i++].room()) layers[i].begin(memory);
+}
+
+template <class S> void run(std::vector<Forward<S>>& layers) {
+  in_batches(layers, [&](size_t first, size_t last, int64_t work) {
+    begin_all(layers, first, last);
+    const auto stripes = parts_of(layers, first, last, [](auto& layer) { return layer.stripes; });
+    for (int64_t step = 0; step < std::max<int64_t>(1, layers[first].iteration.count); ++step) {
+      for_each_task(stripes.size(), work, [&](int64_t i) { stripes[i].first->run_stripe(stripes[i].second); });
+      for_each_task(last - first, work, [&](int64_t i) { layers[first + i].finish(); });
+    }
+    for (size_t i = first; i < last; ++i) layers[i].write_vectors();
+    const auto chunks = parts_of(layers, first, last, [](auto& layer) { return layer.chunks(); });
+    // From the end: that is what the caches still hold.
+    for_each_task(chunks.size(), work, [&](int64_t i) { const auto& [layer, part] = chunks[chunks.size() - 1 - i]; layer->write(part); });
+  });
+}
+
+template <class S> void run(std::vector<Backward<S>>& layers) {
+  in_batches(layers, [&](size_t first, size_t last, int64_t work) {
+    begin_all(layers, first, last);
+    const auto chunks = parts_of(layers, first, last, [](auto& layer) { return layer.chunks(); });
+    for_each_task(chunks.size(), work, [&](int64_t i) { chunks[i].first->multiply(chunks[i].second); });
+    for_each_task(chunks.size(), work, [&](int64_t i) { const auto& [layer, part] = chunks[chunks.size() - 1 - i]; layer->write(part); });
+  });
+}
+
+// The dispatcher's side.
+
+std::string shape(const Tensor& tensor) {
+  std::ostringstream text;
+  text << '(';
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) text << (dim ? ", " : "") << tensor.size(dim);
+  text << ')';
+  return text.str();
+}
+
+bool is_float(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+}
+
+ScalarType accumulate_dtype(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
+
+// That u or v is a contiguous vector of the right length and dtype; made contiguous where it isn't.
+Tensor checked_vector(const char* op, const char* name, const Tensor& x, const Tensor& weight, int64_t length) {
+  STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == length, "fastgan::", op, ": ", name, " has shape ", shape(x), ", expected (", length,
+                  ",) for a weight of shape ", shape(weight));
+  const ScalarType dtype = accumulate_dtype(weight.scalar_type());
+  STD_TORCH_CHECK(x.scalar_type() == dtype && x.is_cpu(), "fastgan::", op, ": ", name, " is ", torch::headeronly::toString(x.scalar_type()),
+                  ", expected a tensor of ", torch::headeronly::toString(dtype), " on the CPU");
+  return torch::stable::contiguous(x);
+}
+
+void check_weight(const char* op, const Tensor& weight, int64_t dim) {
+  STD_TORCH_CHECK(is_float(weight.scalar_type()), "fastgan::", op, ": weight is ", torch::headeronly::toString(weight.scalar_type()),
+                  ", expected a floating-point tensor of 16, 32 or 64 bits");
+  STD_TORCH_CHECK(-weight.dim() <= dim && dim < weight.dim(), "fastgan::", op, ": dim is ", dim, ", out of range for a weight of shape ", shape(weight));
+}
+
+int64_t row_count(const Tensor& weight, int64_t dim) { return weight.size(dim < 0 ? dim + weight.dim() : dim); }
+
+int64_t column_count(const Tensor& weight, int64_t dim) {
+  int64_t count = 1;
+  for (int64_t d = 0; d < weight.dim(); ++d)
+    if (d != (dim < 0 ? dim + weight.dim() : dim)) count *= weight.size(d);
+  return count;
+}
+
+template <class F> void for_dtype(ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float());
+    case ScalarType::Double: return f(double());
+    case ScalarType::Half: return f(Half());
+    default: return f(BFloat16());
+  }
+}
+
+constexpr ScalarType kDtypes[] = {ScalarType::Float, ScalarType::Double, ScalarType::Half, ScalarType::BFloat16};
+
+using Tensors = std::vector<Tensor>;
+
+// All of the lists are as long as weights; sigma holds as many numbers of the vectors' dtype.
+std::tuple<Tensors, Tensors, Tensors> run_forward(const char* op, const Tensors& weights, const Tensors& us, const Tensors& vs,
+                                                  const std::vector<int64_t>& dims, void* sigma, Iteration iteration, Scale scale) {
+  ++calls;
+  Tensors results, new_us, new_vs, u, v;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    check_weight(op, weights[i], dims[i]);
+    u.push_back(checked_vector(op, "u", us[i], weights[i], row_count(weights[i], dims[i])));
+    v.push_back(checked_vector(op, "v", vs[i], weights[i], column_count(weights[i], dims[i])));
+    results.push_back(torch::stable::empty_like(weights[i]));
+    new_us.push_back(torch::stable::empty_like(u[i]));
+    new_vs.push_back(torch::stable::empty_like(v[i]));
+  }
+  for (ScalarType dtype : kDtypes)
+    for_dtype(dtype, [&](auto type) {
+      using S = decltype(type);
+      using T = typename AccumulateIn<S>::Type;
+      std::vector<Forward<S>> layers;
+      for (size_t i = 0; i < weights.size(); ++i)
+        if (weights[i].scalar_type() == dtype)
+          layers.emplace_back(as_matrix(weights[i], results[i], dims[i]), results[i], new_us[i], new_vs[i],
+                              static_cast<const T*>(u[i].const_data_ptr()), static_cast<const T*>(v[i].const_data_ptr()),
+                              static_cast<T*>(sigma) + i, iteration, scale);
+      run(layers);
+    });
+  return {results, new_us, new_vs};
+}
+
+Tensors run_backward(const char* op, const Tensors& grads, const Tensors& weights, const Tensors& us, const Tensors& vs, const Tensor& sigma,
+                     const std::vector<int64_t>& dims, Scale scale) {
+  ++calls;
+  Tensors results, u, v;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    check_weight(op, weights[i], dims[i]);
+    bool same = grads[i].dim() == weights[i].dim() && grads[i].scalar_type() == weights[i].scalar_type() && grads[i].is_cpu();
+    for (int64_t d = 0; same && d < grads[i].dim(); ++d) same = grads[i].size(d) == weights[i].size(d);
+    STD_TORCH_CHECK(same, "fastgan::", op, ": grad has shape ", shape(grads[i]), ", expected one like weight, ", shape(weights[i]), ", of its dtype");
+    u.push_back(checked_vector(op, "u", us[i], weights[i], row_count(weights[i], dims[i])));
+    v.push_back(checked_vector(op, "v", vs[i], weights[i], column_count(weights[i], dims[i])));
+    STD_TORCH_CHECK(sigma.scalar_type() == accumulate_dtype(weights[i].scalar_type()) && sigma.numel() == int64_t(weights.size()),
+                    "fastgan::", op, ": sigma has to be of u's dtype and hold a number per weight");
+    results.push_back(torch::stable::empty_like(weights[i]));
+  }
+  const Tensor sigmas = torch::stable::contiguous(sigma);
+  for (ScalarType dtype : kDtypes)
+    for_dtype(dtype, [&](auto type) {
+      using S = decltype(type);
+      using T = typename AccumulateIn<S>::Type;
+      std::vector<Backward<S>> layers;
+      for (size_t i = 0; i < weights.size(); ++i)
+        if (weights[i].scalar_type() == dtype) {
+          Matrix matrix = as_matrix(weights[i], results[i], dims[i]);
+          layers.push_back({std::move(matrix), laid_out_as(grads[i], results[i]), results[i], static_cast<const T*>(u[i].const_data_ptr()),
+                            static_cast<const T*>(v[i].const_data_ptr()), static_cast<const T*>(sigmas.const_data_ptr())[i], scale});
+        }
+      run(layers);
+    });
+  return results;
+}
+
+Tensor new_sigma(const Tensor& u, std::vector<int64_t> sizes) { return torch::stable::new_empty(u, sizes); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& weight, const Tensor& u, const Tensor& v, int64_t dim, int64_t count, double eps,
+                                                   bool v_first, double target, bool at_most) {
+  Tensor sigma = new_sigma(u, {});
+  auto [results, us, vs] = run_forward("spectral_norm", {weight}, {u}, {v}, {dim}, sigma.mutable_data_ptr(), {count, eps, v_first}, {target, at_most});
+  return {results[0], us[0], vs[0], sigma};
+}
+
+Tensor backward(const Tensor& grad, const Tensor& weight, const Tensor& u, const Tensor& v, const Tensor& sigma, int64_t dim, double target, bool at_most) {
+  return run_backward("spectral_norm_backward", {grad}, {weight}, {u}, {v}, sigma, {dim}, {target, at_most})[0];
+}
+
+void check_lists(const char* op, size_t weights, std::initializer_list<size_t> others) {
+  for (size_t length : others)
+    STD_TORCH_CHECK(length == weights, "fastgan::", op, ": there are ", weights, " weights, and lists of other lengths with them: ", length);
+  STD_TORCH_CHECK(weights > 0, "fastgan::", op, ": weights is empty, expected one or more");
+}
+
+std::tuple<Tensors, Tensors, Tensors, Tensor> multi(Tensors weights, Tensors u, Tensors v, std::vector<int64_t> dims, int64_t count, double eps,
+                                                    bool v_first, double target, bool at_most) {
+  const char* op = "spectral_norm_multi";
+  check_lists(op, weights.size(), {u.size(), v.size(), dims.size()});
+  for (const Tensor& x : u)
+    STD_TORCH_CHECK(x.scalar_type() == u[0].scalar_type(), "fastgan::", op, ": weights of 64 bits and of fewer have to be normalised by two calls");
+  Tensor sigma = new_sigma(u[0], {int64_t(weights.size())});
+  auto [results, us, vs] = run_forward(op, weights, u, v, dims, sigma.mutable_data_ptr(), {count, eps, v_first}, {target, at_most});
+  return {results, us, vs, sigma};
+}
+
+Tensors multi_backward(Tensors grads, Tensors weights, Tensors u, Tensors v, Tensor sigma, std::vector<int64_t> dims, double target, bool at_most) {
+  const char* op = "spectral_norm_multi_backward";
+  check_lists(op, weights.size(), {grads.size(), u.size(), v.size(), dims.size()});
+  return run_backward(op, grads, weights, u, v, sigma, dims, {target, at_most});
+}
+
+}  // namespace
+}  // namespace fastgan
+
+STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, library) {
+  using namespace fastgan;
+  library.impl("spectral_norm", TORCH_BOX(&forward));
+  library.impl("spectral_norm_backward", TORCH_BOX(&backward));
+  library.impl("spectral_norm_multi", TORCH_BOX(&multi));
+  library.impl("spectral_norm_multi_backward", TORCH_BOX(&multi_backward));
+}
