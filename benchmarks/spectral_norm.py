@@ -104,9 +104,9 @@ def _case(name: str, mode: str, goal: float | None) -> Case:
         }
 
     goals = {"torch": goal} if goal else {}
-    # torch.compile of torch's own is 1.3e-3 off in the gradient of the (128, 3, 1, 1) weight; all else is within 1e-6.
-    tolerance = 2e-3 if name == "SNGAN-32 D" else 1e-4
-    return Case("spectral_norm", name, f"forward+backward, {mode}", candidates, lambda: _truth(shapes), goals, tolerance)
+    # torch.compile of torch's own is 1.3e-3 off in the gradient of SNGAN's (128, 3, 1, 1) weight and 1.7e-4 in one of
+    # BigGAN's; fastgan and eager torch are within 1e-6, as the results show.
+    return Case("spectral_norm", name, f"forward+backward, {mode}", candidates, lambda: _truth(shapes), goals, tolerance=2e-3)
 
 
 CASES = [
