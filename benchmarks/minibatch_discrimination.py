@@ -27,11 +27,17 @@ def keops(m: Tensor) -> Tensor:
     return (-distance).exp().sum(2).squeeze(-1).T
 
 
-def baselines(double: bool = False) -> dict:
+#: Bytes that broadcasting may take for one of its (B, B, K, D) intermediates; it holds several at once.
+BROADCAST_BYTES = 1 << 30
+
+
+def baselines(m: Tensor, double: bool = False) -> dict:
     if double:  # cdist (p = 1), torch.compile and KeOps can't be differentiated twice here
         return {"broadcast": broadcast}
     torch._dynamo.reset()
-    found = {"broadcast": broadcast, "cdist": cdist, "compile": torch.compile(broadcast, dynamic=False)}
+    found = {"cdist": cdist, "compile": torch.compile(broadcast, dynamic=False)}
+    if m.shape[0] * m.numel() * m.element_size() <= BROADCAST_BYTES:
+        found["broadcast"] = broadcast
     if importlib.util.find_spec("pykeops"):
         found["keops"] = keops
     return found
@@ -90,7 +96,7 @@ def _case(shape: tuple[int, int, int], mode: str, goals: dict) -> Case:
     run = _RUNS[mode]
 
     def candidates():
-        functions = {OURS: fastgan.minibatch_discrimination} | baselines(mode == "penalty")
+        functions = {OURS: fastgan.minibatch_discrimination} | baselines(m, mode == "penalty")
         return {name: run(function, m) for name, function in functions.items()}
 
     return Case("minibatch_discrimination", "x".join(map(str, shape)), mode, candidates, lambda: _truth(mode, m), goals)
