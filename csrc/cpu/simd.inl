@@ -113,6 +113,15 @@ FASTGAN_INLINE DoubleVector scaled_sign(DoubleVector x) {
 #endif
 }
 
+// The sum of the lanes of x.
+template <class T> FASTGAN_INLINE T sum(Vector<T> x) {
+  T lanes[kLanes<T>];
+  store(lanes, x);
+  for (int half = kLanes<T> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
 // totals[i] += the sum of the lanes of x[i], for each i.
 template <class T, int count> FASTGAN_INLINE void add_lane_sums(const Vector<T> (&x)[count], double* totals) {
 #pragma GCC unroll 8
