@@ -2,15 +2,14 @@
 
 import math
 
-import torch
 from torch import Tensor
 
+from fastgan._dtypes import FLOATS, accumulate_dtype
 from fastgan.critic import critic_step as critic_step
 from fastgan.critic import explain as explain
 from fastgan.distributed import gather_batch, rows_of_this_rank
 from fastgan.ops import minibatch_discrimination as _minibatch_discrimination
 from fastgan.ops import spectral_norm as _spectral_norm
-from fastgan.ops.minibatch_discrimination import accumulate_dtype
 from fastgan.penalties import dragan_penalty as dragan_penalty
 from fastgan.penalties import gradient_penalty as gradient_penalty
 from fastgan.penalties import max_gradient_penalty as max_gradient_penalty
@@ -20,8 +19,6 @@ from fastgan.penalties import r1_penalty as r1_penalty
 from fastgan.penalties import r2_penalty as r2_penalty
 from fastgan.penalties import wgan_div_penalty as wgan_div_penalty
 from fastgan.penalties import zero_centered_penalty as zero_centered_penalty
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _check_tensor(function: str, name: str, value, shape: str) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from fastgan._dtypes import accumulate_dtype
+
 __all__ = [
     "CriticLoss",
     "get",
@@ -41,7 +43,7 @@ def _tensors(scores):
             "scores must be a tensor or a non-empty list of tensors; "
             f"pick them out of the critic's output first (got {type(scores).__name__})"
         )
-    return [s.float() if s.dtype in (torch.float16, torch.bfloat16) else s for s in scores]
+    return [s.to(accumulate_dtype(s.dtype)) for s in scores]
 
 
 def _paired(real_scores, fake_scores):

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastgan._dtypes import accumulate_dtype
+
 from .critic import engine, fallback
 from .critic.deliver import Delivery
 from .critic.forward import Forward, unwrap
@@ -208,7 +210,7 @@ def path_length_penalty(
             noise = torch.randn(images.shape, device=images.device, dtype=images.dtype, generator=generator)
             noise = noise / math.sqrt(math.prod(images.shape[2:]))
         (g,) = torch.autograd.grad((images * noise).sum(), latents, create_graph=True)
-        squares = g.to(torch.float32 if g.dtype in (torch.float16, torch.bfloat16) else g.dtype).square().sum(-1)
+        squares = g.to(accumulate_dtype(g.dtype)).square().sum(-1)
         lengths = norms_of(squares.reshape(squares.shape[0], -1).mean(1))
         centre = lengths.mean()
         if mean is not None:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgan.ops.minibatch_discrimination import accumulate_dtype
+from fastgan._dtypes import accumulate_dtype
 from fastgan.ops.spectral_norm import _scale, _usable
 
 

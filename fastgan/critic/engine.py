@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch.autograd.graph import get_gradient_edge
 
+from fastgan._dtypes import HALF
+
 from . import fallback
 from .analyse import Graph, Plan, Refused, analyse
 from .forward import leaves_of, owner
-from .outputs import HALF
 from .passes import (
     SamplesCoupled,
     SharedPass,

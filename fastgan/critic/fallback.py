@@ -10,10 +10,11 @@ has forward-mode but no second-order reverse derivatives.
 import torch
 import torch.autograd.forward_ad as forward_ad
 
+from fastgan._dtypes import HALF
+
 from .analyse import Graph, analyse, op_name
 from .forward import leaves_of
 from .forward_mode import WRONG_TANGENTS, Composed
-from .outputs import HALF
 from .reduction import penalty_value, square_sums
 
 

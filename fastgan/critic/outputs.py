@@ -2,8 +2,6 @@
 
 import torch
 
-HALF = (torch.float16, torch.bfloat16)
-
 
 def score_list(output, score_fn=None):
     """The list of score tensors in a critic's output.

@@ -11,8 +11,9 @@ import contextlib
 import torch
 from torch.autograd.graph import GradientEdge
 
+from fastgan._dtypes import HALF
+
 from .analyse import Refused
-from .outputs import HALF
 from .probe import find_layouts, spread
 from .reduction import penalty_and_seed
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .outputs import HALF
+from fastgan._dtypes import accumulate_dtype
 
 KINDS = ("gradient_penalty", "zero_centered", "power", "max")
 
@@ -46,11 +46,6 @@ class Form:
 
     def with_weight(self, weight):
         return replace(self, weight=weight)
-
-
-def accumulate_dtype(dtype):
-    """Half-precision gradients are squared and summed in float32: a float16 sum of squares overflows at norm 256."""
-    return torch.float32 if dtype in HALF else dtype
 
 
 def square_sums(grad, form):

@@ -4,12 +4,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fastgan._dtypes import HALF
+
 from .. import losses
 from . import engine
 from .deliver import Delivery
 from .forward import Forward, unwrap
 from .inputs import check_batch, check_pair, interpolate, scale_of
-from .outputs import HALF, like_output
+from .outputs import like_output
 from .reduction import Form
 
 __all__ = ["CriticStep", "critic_step"]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fastgan.functional import FLOATS
+from fastgan._dtypes import FLOATS
 from fastgan.ops import spectral_norm as _ops
 
 

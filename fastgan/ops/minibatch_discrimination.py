@@ -18,14 +18,11 @@ A row of ``m`` that holds Inf has distance Inf (contribution 0) to finite rows, 
 import torch
 from torch import Tensor
 
+from fastgan._dtypes import accumulate_dtype
 from fastgan.ops._declare import declare
 
 # Elements of one (rows, B, K, D) temporary of the reference: bounds its memory, big enough to hide the Python loop.
 _CHUNK = 1 << 21
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def _row_chunks(m: Tensor):

@@ -23,8 +23,8 @@ a list of weights in one call, sigma being one tensor of all.
 import torch
 from torch import Tensor
 
+from fastgan._dtypes import accumulate_dtype
 from fastgan.ops._declare import declare
-from fastgan.ops.minibatch_discrimination import accumulate_dtype
 
 
 def _matrix(x: Tensor, dim: int) -> Tensor:
