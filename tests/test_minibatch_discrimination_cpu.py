@@ -212,3 +212,52 @@ print(peak() - before - sum(x.numel() * x.element_size() for x in (m, f, d)))
 def test_memory_is_linear_in_batch():
     output = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, timeout=600)
     assert int(output.stdout) <= 48 << 20
+
+
+def broadcast(m):
+    return torch.exp(-(m[:, None] - m[None]).abs().sum(-1)).sum(1)
+
+
+def spreads():
+    """Where distances are summed in fixed point (AVX2 and up, samples close together) and where they can't be."""
+    random = torch.Generator().manual_seed(0)
+    m = torch.randn(150, 3, 7, generator=random, dtype=torch.float64) / 7
+    yield "close together", m
+    yield "far from zero", m + 1000
+    yield "very close together", m * 1e-6 + 3
+    yield "all the same", torch.ones_like(m)
+    yield "at the limit", m * 5
+    yield "far apart", m * 300
+    outlier = m.clone()
+    outlier[17, 1, 2] = 1e6
+    yield "one far away", outlier
+    twins = m.clone()
+    twins[75:] = twins[:75] * (1 + 1e-6)
+    yield "near twins", twins
+    infinite = m.clone()
+    infinite[3, 0, 1], infinite[5, 1, 2], infinite[9, 2, 0] = float("inf"), -float("inf"), float("nan")
+    yield "not finite", infinite
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize(("spread", "m"), [pytest.param(*case, id=case[0]) for case in spreads()])
+def test_as_exact_as_torch_however_samples_spread(spread, m, level, set_isa):
+    if level not in levels():
+        pytest.skip(f"this processor doesn't run {level}")
+    set_isa(level)
+    m = m.float()
+    grad = torch.linspace(0.5, 1.5, m[:, :, 0].numel()).reshape(m.shape[:2])
+    x = m.clone().requires_grad_()
+    own = (broadcast(x), *torch.autograd.grad(broadcast(x), x, grad))
+    exact = (md.forward_reference(m.double(), True), md.backward_reference(grad.double(), m.double()))
+    for got, torch_own, want in zip((md.forward(m, True), md.backward(grad, m)), own, exact, strict=True):
+        floor = 2**-24 * want.nan_to_num(0, 0, 0).abs().max()
+        error, allowed = (got - want).abs().nan_to_num(0).max(), 2 * (torch_own - want).abs().nan_to_num(0).max() + floor
+        assert torch.equal(got.isnan(), want.isnan())
+        assert error <= allowed, f"{spread}: error {error:.2e}, torch's own {(allowed - floor) / 2:.2e}"
+
+
+def test_twins_are_at_distance_zero():
+    """Fixed point doesn't round equal samples apart."""
+    pair = torch.rand(1, 6, 5) + 7
+    assert md.forward(torch.cat((pair, pair, pair + 4)), True)[:2].eq(2).all()

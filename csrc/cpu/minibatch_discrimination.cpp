@@ -34,9 +34,12 @@ template <Operator op> struct Layout {
   static constexpr bool tangent = op == Operator::jvp || op == Operator::double_backward;
   static constexpr bool values = op != Operator::backward;
   static constexpr bool weights = op == Operator::backward || op == Operator::double_backward;
-  // Packed: coordinates, then their tangents, then grad.
+  static constexpr bool fixed_point = !tangent;
+  // Packed: coordinates, then their tangents, then grad, then coordinates in fixed point and minus the sum of these. Where
+  // nothing else reads the coordinates, fixed point replaces them.
   static constexpr int64_t grad_row(int64_t D) { return tangent ? 2 * D : D; }
-  static constexpr int64_t packed_rows(int64_t D) { return grad_row(D) + weights; }
+  static constexpr int64_t fixed_row(int64_t D) { return weights ? D + 1 : 0; }
+  static constexpr int64_t packed_rows(int64_t D) { return fixed_point ? fixed_row(D) + D + 1 : grad_row(D) + weights; }
   // Totals: weights by coordinate, then values.
   static constexpr int64_t value_row(int64_t D) { return weights ? D : 0; }
   static constexpr int64_t total_rows(int64_t D) { return value_row(D) + values; }
@@ -202,28 +205,29 @@ template <class S, Operator op> void run(const Problem& p) {
   }
   if (stripes == 1) {
     torch::stable::parallel_for(0, p.K, grain, [&](int64_t begin, int64_t end) {
-      const auto packed = allocate<T>(packed_size), scratch = allocate<T>(block_size);
+      const auto packed = allocate<T>(packed_size), scratch = allocate<T>(block_size), lowest = allocate<T>(p.D);
       const auto totals = allocate<double>(total_size);
       for (int64_t k = begin; k < end; ++k) {
         std::fill_n(totals.get(), total_size, 0.0);
-        pack(p, k, packed.get());
-        pairs(packed.get(), totals.get(), scratch.get(), p.B, p.D, p.self_term, 0, 1);
+        const T quantum = pack(p, k, packed.get(), lowest.get());
+        pairs(packed.get(), quantum, totals.get(), scratch.get(), p.B, p.D, p.self_term, 0, 1);
         write<S, op>(p, k, totals.get(), total_size, 1);
       }
     });
     return;
   }
-  const auto packed = allocate<T>(packed_size * p.K);
+  const auto packed = allocate<T>(packed_size * p.K), lowest = allocate<T>(p.D * p.K), quantum = allocate<T>(p.K);
   const auto totals = allocate<double>(total_size * stripes * p.K);
   torch::stable::parallel_for(0, p.K, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) pack(p, k, packed.get() + k * packed_size);
+    for (int64_t k = begin; k < end; ++k) quantum[k] = pack(p, k, packed.get() + k * packed_size, lowest.get() + k * p.D);
   });
   torch::stable::parallel_for(0, p.K * stripes, grain, [&](int64_t begin, int64_t end) {
     const auto scratch = allocate<T>(block_size);
     for (int64_t task = begin; task < end; ++task) {
       double* own = totals.get() + task * total_size;
       std::fill_n(own, total_size, 0.0);
-      pairs(packed.get() + task / stripes * packed_size, own, scratch.get(), p.B, p.D, p.self_term, task % stripes, stripes);
+      const int64_t k = task / stripes;
+      pairs(packed.get() + k * packed_size, quantum[k], own, scratch.get(), p.B, p.D, p.self_term, task % stripes, stripes);
     }
   });
   torch::stable::parallel_for(0, p.K, 1, [&](int64_t begin, int64_t end) {

@@ -11,6 +11,68 @@
 
 template <class T> constexpr int kTile = kLanes<T> < 4 ? kLanes<T> : 4;
 
+// Distances in fixed point. |a - b| = 2 max(a, b) - a - b, and of a sum of it over coordinates only max and addition are left
+// to do per pair: 2 instructions a coordinate instead of 3, on integers, which more of a processor's units work on than on
+// floats. In floats the identity would lose digits; in integers it is exact. Coordinates are written as multiples of a quantum
+// above the smallest one, with the quantum such that no distance exceeds 2^31 of them. What that rounds off a distance is
+// sqrt(D / 6) quanta in the root mean square; samples that spread so far that it would exceed kRoundOff, a quarter of the
+// rounding of a float near 1 (or that aren't finite) keep their floats.
+constexpr bool kFixedPoint = FASTGAN_ISA >= 2;
+constexpr double kQuanta = 2147483000.0, kRoundOff = 1.0 / (1 << 25);
+
+// The packed blocks' coordinates in fixed point: doubled in the rows from fixed_row on, and minus their sum, not doubled, in
+// the row after them. Returns the quantum, or 0 where the samples spread too far. lowest holds D values in between.
+template <Operator op> FASTGAN_INLINE float to_fixed_point(float* packed, float* lowest, int64_t B, int64_t D) {
+  using Flags = Layout<op>;
+  using V = FloatVector;
+  typedef float HalfVector __attribute__((vector_size(kVectorBytes / 2)));
+  typedef int32_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
+  constexpr int N = kLanes<float>;
+  constexpr int64_t stride = kStride<float>;
+  const int64_t block_size = Flags::packed_rows(D) * stride;
+  double spread = 0;
+  for (int64_t d = 0; d < D; ++d) {
+    V low = load(packed + d * stride), high = low, not_finite = {};
+    const float* x = packed + d * stride;
+    for (int64_t b = 0; b < B; b += kRows, x += block_size)
+      for (int64_t r = 0; r < kRows && b + r < B; r += N) {
+        const V value = load(x + r);
+        low = value < low ? value : low;
+        high = value > high ? value : high;
+        not_finite += value - value;
+      }
+    float smallest = low[0], largest = high[0];
+    for (int lane = 1; lane < N; ++lane) {
+      smallest = low[lane] < smallest ? low[lane] : smallest;
+      largest = high[lane] > largest ? high[lane] : largest;
+    }
+    lowest[d] = smallest;
+    spread += double(largest) - double(smallest) + sum<float>(not_finite);
+  }
+  const double quantum = spread / kQuanta;
+  if (!(spread <= kLargestExponent && quantum * std::sqrt(D / 6.0) <= kRoundOff)) return 0;
+  const double scale = spread > 0 ? kQuanta / spread : 0;
+  for (int64_t b = 0; b < B; b += kRows, packed += block_size) {
+    float* sums = packed + (Flags::fixed_row(D) + D) * stride;
+    for (int64_t r = 0; r < kRows && b + r < B; r += N) store(sums + r, V{});
+    for (int64_t d = 0; d < D; ++d) {
+      const DoubleVector offset = broadcast(0.5 - lowest[d] * scale);
+      for (int64_t r = 0; r < kRows && b + r < B; r += N / 2) {
+        HalfVector x;
+        HalfBits total;
+        std::memcpy(&x, packed + d * stride + r, sizeof x);
+        std::memcpy(&total, sums + r, sizeof total);
+        const HalfBits value = __builtin_convertvector(__builtin_convertvector(x, DoubleVector) * scale + offset, HalfBits);
+        const HalfBits doubled = value << 1;
+        total -= value;
+        std::memcpy(packed + (Flags::fixed_row(D) + d) * stride + r, &doubled, sizeof doubled);
+        std::memcpy(sums + r, &total, sizeof total);
+      }
+    }
+  }
+  return float(quantum);
+}
+
 // The two blocks of a pair: i < j, or the same one.
 template <class T> struct BlockPair {
   const T *i, *j;  // packed
@@ -18,6 +80,7 @@ template <class T> struct BlockPair {
   T* sums_j;  // laid out as totals
   int64_t rows_i, rows_j;
   bool same, self_term;
+  T quantum;  // of the coordinates in fixed point, or 0 where there are none
 };
 
 // Adds coordinates d .. d + count to the distances and p. The distance grows by the sum of the chunk: fewer roundings at
@@ -64,8 +127,42 @@ FASTGAN_INLINE void pair_values(const T* xi, const T* xj, int64_t D, Vector<T> (
     }
 }
 
+template <int I, int J>
+FASTGAN_INLINE void pair_values_in_fixed_point(const float* xi, const float* xj, int64_t D, float quantum,
+                                               FloatVector (&value)[I][J]) {
+  constexpr int64_t stride = kStride<float>;
+  const auto row_of = [](const float* x, int64_t d) { return (UInt32Vector)load(x + d * stride); };
+  const auto one = [](const float* x) {
+    uint32_t value;
+    std::memcpy(&value, x, sizeof value);
+    return value - UInt32Vector{};
+  };
+  UInt32Vector distance[I][J];
+#pragma GCC unroll 8
+  for (int i = 0; i < I; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) distance[i][j] = row_of(xj + j * kLanes<float>, D) + one(xi + D * stride + i);
+#pragma GCC unroll 4
+  for (int64_t d = 0; d < D; ++d) {
+    UInt32Vector x[J];
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) x[j] = row_of(xj + j * kLanes<float>, d);
+#pragma GCC unroll 8
+    for (int i = 0; i < I; ++i) {
+      const UInt32Vector own = one(xi + d * stride + i);
+#pragma GCC unroll 8
+      for (int j = 0; j < J; ++j) distance[i][j] += larger(x[j], own);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < I; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j)
+      value[i][j] = exp_minus_of_small(__builtin_convertvector((Int32Vector)distance[i][j], FloatVector) * quantum);
+}
+
 // Samples i0.. against the vectors [first, last) of block j, after the vector diagonal (if any) for the j side alone.
-template <class T, Operator op> struct Tile {
+template <class T, Operator op, bool fixed_point> struct Tile {
   using V = Vector<T>;
   using Flags = Layout<op>;
   static constexpr int N = kLanes<T>, I = kTile<T>, J = Flags::tangent ? 1 : 2;
@@ -74,6 +171,15 @@ template <class T, Operator op> struct Tile {
   const BlockPair<T>& block;
   int64_t D, i0;
   T* weights;  // (I, kRows)
+
+  template <int columns> inline __attribute__((always_inline)) void pairs(int64_t c, V (&value)[I][columns]) const {
+    if constexpr (fixed_point) {
+      const int64_t row = Flags::fixed_row(D) * stride;
+      pair_values_in_fixed_point<I, columns>(block.i + row + i0, block.j + row + c * N, D, block.quantum, value);
+    } else {
+      pair_values<T, Flags::tangent, I, columns>(block.i + i0, block.j + c * N, D, value);
+    }
+  }
 
   template <int columns>
   inline __attribute__((always_inline)) void finish(V (&value)[I][columns], int64_t c, V* sums_i, const Bits<T>* masks) const {
@@ -105,7 +211,6 @@ template <class T, Operator op> struct Tile {
   }
 
   void values(int64_t diagonal, int64_t first, int64_t last) const {
-    const T* xi = block.i + i0;
     V sums_i[I] = {};
     const int64_t full = block.rows_j / N;
     if (diagonal >= 0) {
@@ -115,20 +220,20 @@ template <class T, Operator op> struct Tile {
         if (op == Operator::forward && !block.self_term) masks[i][i0 + i - diagonal * N] = 0;
       }
       V value[I][1];
-      pair_values<T, Flags::tangent, I, 1>(xi, block.j + diagonal * N, D, value);
+      pairs<1>(diagonal, value);
       finish<1>(value, diagonal, nullptr, masks);
     }
     int64_t c = first;
     for (; c + J <= (full < last ? full : last); c += J) {
       V value[I][J];
-      pair_values<T, Flags::tangent, I, J>(xi, block.j + c * N, D, value);
+      pairs<J>(c, value);
       finish<J>(value, c, sums_i, nullptr);
     }
     for (; c < last; ++c) {
       Bits<T> masks[I];
       for (int i = 0; i < I; ++i) masks[i] = first_lanes<T>(block.rows_j - c * N);
       V value[I][1];
-      pair_values<T, Flags::tangent, I, 1>(xi, block.j + c * N, D, value);
+      pairs<1>(c, value);
       finish<1>(value, c, sums_i, masks);
     }
     if constexpr (Flags::values)
@@ -155,8 +260,14 @@ template <class T, Operator op> struct Tile {
 #pragma GCC unroll 8
         for (int i = 0; i < I; ++i) {
           const V w = load(weights + i * kRows + c * N), sign = scaled_sign(x - a[i]);
-          sum_j = i == 0 ? w * sign : sum_j + w * sign;
-          sums_i[i] -= w * sign;
+          if (i < I / 2) {  // half of the work on the adders, where the other half leaves them idle
+            const V signed_w = rounded(w * sign);
+            sum_j = i == 0 ? signed_w : sum_j + signed_w;
+            sums_i[i] -= signed_w;
+          } else {
+            sum_j += w * sign;
+            sums_i[i] -= w * sign;
+          }
         }
         store(out + c * N, load(out + c * N) + sum_j);
       }
@@ -165,7 +276,7 @@ template <class T, Operator op> struct Tile {
   }
 };
 
-template <class T, Operator op> void block_pair(const BlockPair<T>& block, int64_t D, double* totals_j) {
+template <class T, Operator op, bool fixed_point> void block_pair(const BlockPair<T>& block, int64_t D, double* totals_j) {
   using Flags = Layout<op>;
   constexpr int N = kLanes<T>, I = kTile<T>;
   const int64_t vectors = (block.rows_j + N - 1) / N, used = vectors * N;
@@ -173,7 +284,7 @@ template <class T, Operator op> void block_pair(const BlockPair<T>& block, int64
     for (int64_t r = 0; r < used; ++r) block.sums_j[row * kStride<T> + r] = 0;
   T weights[I * kRows];
   for (int64_t i0 = 0; i0 < block.rows_i; i0 += I) {
-    const Tile<T, op> tile{block, D, i0, weights};
+    const Tile<T, op, fixed_point> tile{block, D, i0, weights};
     const int64_t diagonal = block.same ? i0 / N : -1;
     tile.values(diagonal, diagonal + 1, vectors);
     if constexpr (Flags::weights) tile.scatter(diagonal, diagonal + 1, vectors);
@@ -188,7 +299,8 @@ FASTGAN_INLINE int64_t rows_of_block(int64_t B, int64_t block) {
 
 // Every stripes-th pair of blocks, from stripe on. scratch holds one block of totals in T.
 template <class T, Operator op>
-void pairs(const T* packed, double* totals, T* scratch, int64_t B, int64_t D, bool self_term, int64_t stripe, int64_t stripes) {
+void pairs(const T* packed, T quantum, double* totals, T* scratch, int64_t B, int64_t D, bool self_term, int64_t stripe,
+           int64_t stripes) {
   using Flags = Layout<op>;
   constexpr int64_t stride = kStride<T>;
   const int64_t blocks = (B + kRows - 1) / kRows;
@@ -198,8 +310,13 @@ void pairs(const T* packed, double* totals, T* scratch, int64_t B, int64_t D, bo
       if (index++ % stripes == stripe) {
         double* block_totals = totals + Flags::total_rows(D) * stride * j;
         const BlockPair<T> block{packed + Flags::packed_rows(D) * stride * i, packed + Flags::packed_rows(D) * stride * j,
-                                 totals + Flags::total_rows(D) * stride * i, scratch, rows_of_block(B, i), rows_of_block(B, j), i == j, self_term};
-        block_pair<T, op>(block, D, block_totals);
+                                 totals + Flags::total_rows(D) * stride * i, scratch, rows_of_block(B, i), rows_of_block(B, j), i == j, self_term, quantum};
+        if constexpr (kFixedPoint && Flags::fixed_point && std::is_same_v<T, float>)
+          if (quantum > 0) {
+            block_pair<T, op, true>(block, D, block_totals);
+            continue;
+          }
+        block_pair<T, op, false>(block, D, block_totals);
       }
 }
 
@@ -218,15 +335,17 @@ FASTGAN_INLINE void pack_rows(const Strided& in, int64_t b, int64_t k, int64_t r
       store(out + d * kStride<T> + r, x * broadcast(factor) + broadcast(T(0)));
     }
   }
-  for (; r < rows || r % N != 0; ++r) {
-    const S* from = r < rows ? in.at<S>(b + r, k, 0) : nullptr;
-    for (int64_t d = 0; d < D; ++d) out[d * kStride<T> + r] = from ? T(from[d * in.stride[2]]) * factor + T(0) : T(0);
+  for (; r < rows || r % N != 0; ++r) {  // the last sample fills up its vector
+    const S* from = in.at<S>(b + (r < rows ? r : rows - 1), k, 0);
+    for (int64_t d = 0; d < D; ++d) out[d * kStride<T> + r] = T(from[d * in.stride[2]]) * factor + T(0);
   }
 }
 
-template <class S, class T, Operator op> void pack(const Problem& problem, int64_t k, T* packed) {
+// Returns the quantum of the coordinates in fixed point, or 0 where there are none.
+template <class S, class T, Operator op> T pack(const Problem& problem, int64_t k, T* const all_packed, T* lowest) {
   using Flags = Layout<op>;
   const int64_t D = problem.D;
+  T* packed = all_packed;
   for (int64_t b = 0; b < problem.B; b += kRows, packed += Flags::packed_rows(D) * kStride<T>) {
     const int64_t rows = problem.B - b < kRows ? problem.B - b : kRows;
     pack_rows<S, T>(problem.m, b, k, rows, D, T(1), packed);
@@ -234,4 +353,7 @@ template <class S, class T, Operator op> void pack(const Problem& problem, int64
     if constexpr (Flags::weights)
       pack_rows<S, T>(problem.grad, b, k, rows, 1, T(-1) / kSign<T>, packed + Flags::grad_row(D) * kStride<T>);
   }
+  if constexpr (kFixedPoint && Flags::fixed_point && std::is_same_v<T, float>)
+    return to_fixed_point<op>(all_packed, lowest, problem.B, D);
+  return 0;
 }

@@ -14,6 +14,7 @@ typedef float FloatVector __attribute__((vector_size(kVectorBytes)));
 typedef double DoubleVector __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Int32Vector __attribute__((vector_size(kVectorBytes)));
 typedef int64_t Int64Vector __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t UInt32Vector __attribute__((vector_size(kVectorBytes)));  // adds modulo 2^32
 
 template <class T> struct VectorOf;
 template <> struct VectorOf<float> { using Type = FloatVector; using Bits = Int32Vector; using Lane = int32_t; };
@@ -66,6 +67,14 @@ FASTGAN_INLINE FloatVector difference(FloatVector a, FloatVector b) {
 }
 FASTGAN_INLINE DoubleVector difference(DoubleVector a, DoubleVector b) { return a - b; }
 
+// x, which is a product: keeps the compiler from fusing it with the additions it goes into.
+template <class V> FASTGAN_INLINE V rounded(V x) {
+#if FASTGAN_ISA >= 2
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
+
 // min(x, limit), NaN where x is NaN.
 FASTGAN_INLINE FloatVector at_most(FloatVector x, float limit) {
 #if FASTGAN_ISA == 512
@@ -85,6 +94,18 @@ FASTGAN_INLINE DoubleVector at_most(DoubleVector x, double limit) {
 #else
   const Int64Vector above = x > broadcast(limit);
   return from_bits((bits(broadcast(limit)) & above) | (bits(x) & ~above));
+#endif
+}
+
+// The larger of a and b, lane by lane. Baseline x86-64 lacks the instruction.
+FASTGAN_INLINE UInt32Vector larger(UInt32Vector a, UInt32Vector b) {
+#if FASTGAN_ISA == 512
+  return (UInt32Vector)_mm512_maskz_max_epu32(__mmask16(-1), (__m512i)a, (__m512i)b);
+#elif FASTGAN_ISA == 2
+  return (UInt32Vector)_mm256_max_epu32((__m256i)a, (__m256i)b);
+#else
+  const UInt32Vector above = (UInt32Vector)(a > b);
+  return (a & above) | (b & ~above);
 #endif
 }
 
@@ -168,8 +189,8 @@ template <> inline __attribute__((always_inline)) void add_lane_sums<double, 4>(
 // exp(-x) = 2^n exp(-r), n = round(-x / ln 2), |r| <= ln(2) / 2. Adding 1.5 * 2^23 (2^52) rounds to an integer, and as
 // the exponent's bias is added with it the lowest bits of the sum are the exponent of 2^n: 0, which reads as the number
 // 0, where x is at its limit. Without fused multiply-add the two parts of ln 2 keep n * ln 2 exact enough.
-FASTGAN_INLINE FloatVector exp_minus(FloatVector x) {
-  x = at_most(x, 88.0f);
+constexpr float kLargestExponent = 88;
+FASTGAN_INLINE FloatVector exp_minus_of_small(FloatVector x) {  // x <= kLargestExponent
   const FloatVector shifted = x * -1.44269504f + 12583039.0f;
   const FloatVector n = shifted - 12583039.0f;
 #if FASTGAN_ISA == 0
@@ -185,6 +206,7 @@ FASTGAN_INLINE FloatVector exp_minus(FloatVector x) {
   e = e * r + 1.0f;
   return e * from_bits(bits(shifted) << 23);
 }
+FASTGAN_INLINE FloatVector exp_minus(FloatVector x) { return exp_minus_of_small(at_most(x, kLargestExponent)); }
 FASTGAN_INLINE DoubleVector exp_minus(DoubleVector x) {
   x = at_most(x, 709.0);
   const DoubleVector shifted = x * -1.4426950408889634 + 6755399441056767.0;
