@@ -87,6 +87,7 @@ def interleaved(
     max_rounds: int = 300,
     warmup: int = 2,
     shortest: float = 1e-3,
+    settle: float = 1e-2,
 ) -> dict[str, list[float]]:
     """Seconds per call of each candidate, one entry a round.
 
@@ -95,8 +96,11 @@ def interleaved(
         seconds: stop after this long, but not before ``min_rounds`` rounds.
         warmup: untimed calls first (compilation, thread pools, first touch of memory).
         shortest: calls are repeated within a round until it lasts about this long, in seconds.
+        settle: candidates run this long untimed before they are timed, in each round, unless one call takes ten times as
+            long: idle OpenMP threads of the candidate before spin for milliseconds (each library may bring its own) and
+            take a core from whatever comes next.
     """
-    repeats = {}
+    repeats, settled = {}, {}
     for name, run in candidates.items():
         for _ in range(warmup):
             run()
@@ -104,13 +108,19 @@ def interleaved(
         start = time.perf_counter()
         run()
         _synchronise()
-        repeats[name] = max(1, round(shortest / max(time.perf_counter() - start, 1e-7)))
+        once = max(time.perf_counter() - start, 1e-7)
+        repeats[name] = max(1, round(shortest / once))
+        settled[name] = settle if once < 10 * settle else 0.0
     times: dict[str, list[float]] = {name: [] for name in candidates}
     begin = time.perf_counter()
     for done in range(max_rounds):
         if done >= min_rounds and time.perf_counter() - begin > seconds:
             break
         for name, run in candidates.items():
+            ready = time.perf_counter() + settled[name]
+            while time.perf_counter() < ready:
+                run()
+            _synchronise()
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 run()

@@ -136,10 +136,18 @@ def declare(
 
         return raise_missing
 
+    backward = backward or missing("reverse-mode")
+
+    def backward_once(ctx, *grads):  # nothing will differentiate what it computes: past autograd, where Python costs time
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            return backward(ctx, *grads)
+        with torch._C._AutoDispatchBelowAutograd():
+            return backward(ctx, *grads)
+
     methods = {
         "forward": below_autograd,
         "setup_context": setup_context or (lambda ctx, inputs, output: None),
-        "backward": backward or missing("reverse-mode"),
+        "backward": backward_once,
         "jvp": jvp or missing("forward-mode"),
     }
     lists = "[]" in schema
