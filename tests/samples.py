@@ -143,6 +143,77 @@ OPERATORS |= {
 }
 
 
+# Penalties: shapes are those of the gradients, then the kind.
+_FORMS = (
+    ("gradient_penalty", 10.0, 1.0, False, 2.0),
+    ("gradient_penalty", 3.0, 1.5, True, 2.0),
+    ("zero_centered", 1.5, 1.0, False, 2.0),
+    ("power", 2.0, 1.0, False, 6.0),
+    ("max", 0.7, 1.0, False, 2.0),
+)
+
+
+def _gp(*shape):
+    *shape, kind, dtype, generator = shape
+    length = max(1, math.prod(shape[1:]))
+    grads = normal(*shape, dtype=dtype, generator=generator, scale=2 / math.sqrt(length))  # norms about 2
+    return grads, *_FORMS[kind]
+
+
+def _gp_backward(*shape):
+    (grads, *_), dtype = _gp(*shape), shape[-2]
+    work = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return grads, normal(shape[0], dtype=work, generator=shape[-1])
+
+
+_gp_common = {
+    "shapes": (
+        *((9, 5, 3, 7, kind) for kind in range(5)),
+        (1, 1, 0),
+        (6, 0),
+        (3, 17000, 2),
+        (2, 3, 65, 129, 1),
+        (301, 33, 3),
+        (1, 40001, 4),
+        (0, 3, 4),
+        (5, 0, 2),
+    ),
+    "interpreted": ((1, 1, 0), (7, 33, 1), (5, 3, 4, 7, 3), (6, 2), (3, 1500, 4), (0, 3, 0), (5, 0, 2)),
+    "small": ((3, 2, 0), (4, 2, 2, 3), (3, 2, 1), (3, 3, 2), (3, 2, 4)),
+    "large": (33, 3, 64, 65, 0),
+    "bad": (0, (4, 2)),
+    "bad_shape": (9, 6, 0),
+}
+
+OPERATORS |= {
+    "gradient_penalty": Operator(_gp, **_gp_common),
+    "gradient_penalty_backward": Operator(_gp_backward, **_gp_common),
+}
+
+
+# Tangents: the last of the shape says whether every sample has a factor of its own.
+def _tangents(*shape):
+    *shape, own, dtype, generator = shape
+    work = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    t, a = (normal(*shape, dtype=dtype, generator=generator) for _ in range(2))
+    return t, a, normal(*shape[:own], dtype=work, generator=generator), 0.2
+
+
+OPERATORS |= {
+    "tangent_combine": Operator(
+        _tangents,
+        shapes=((1, 1, 0), (7, 1), (9, 5, 3, 7, 1), (9, 5, 3, 7, 0), (3, 17001, 1), (301, 33, 0), (0, 3, 1), (5, 0, 0)),
+        interpreted=((1, 1, 0), (7, 33, 1), (5, 3, 4, 7, 1), (6, 0), (3, 1500, 1), (0, 3, 0), (5, 0, 1)),
+        small=((3, 2, 1), (3, 2, 0)),
+        large=(33, 3, 64, 65, 1),
+        differentiable=False,
+        forward_mode=False,
+        bad=(0, (4, 2)),
+        bad_shape=(9, 6, 1),
+    ),
+}
+
+
 def inputs(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple:
     return OPERATORS[name].make(*shape, dtype, torch.Generator().manual_seed(seed))
 
