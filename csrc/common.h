@@ -4,9 +4,13 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <atomic>
 #include <cstdint>
+#include <sstream>
+#include <string>
 
 namespace fastgan {
 
@@ -16,5 +20,84 @@ Isa isa();
 
 // Counts kernels that ran, so that tests can tell native code from a silent fallback. Every native kernel increments it.
 extern std::atomic<int64_t> calls;
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// 16 bits are added up in float.
+template <class S> struct AccumulateIn { using Type = float; };
+template <> struct AccumulateIn<double> { using Type = double; };
+inline ScalarType accumulate_dtype(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
+
+constexpr ScalarType kDtypes[] = {ScalarType::Float, ScalarType::Double, ScalarType::Half, ScalarType::BFloat16};
+
+// f(S()) for the S that is dtype, which is one of kDtypes.
+template <class F> void for_dtype(ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float());
+    case ScalarType::Double: return f(double());
+    case ScalarType::Half: return f(Half());
+    default: return f(BFloat16());
+  }
+}
+
+// Checking arguments: errors name the operator, the argument, what came and what is expected.
+
+inline std::string shape(const Tensor& tensor) {
+  std::ostringstream text;
+  text << '(';
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) text << (dim ? ", " : "") << tensor.size(dim);
+  text << ')';
+  return text.str();
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  bool same = a.dim() == b.dim();
+  for (int64_t dim = 0; same && dim < a.dim(); ++dim) same = a.size(dim) == b.size(dim);
+  return same;
+}
+
+inline void check_float(const char* op, const char* name, const Tensor& x) {
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+                  "fastgan::", op, ": ", name, " is ", torch::headeronly::toString(dtype),
+                  ", expected a floating-point tensor of 16, 32 or 64 bits");
+}
+
+// Layout.
+
+// Is each x[i] one run of memory, in whichever order of dimensions?
+inline bool has_dense_rows(const Tensor& x) {
+  int64_t run = 1, length = 1;
+  for (int64_t dim = 1; dim < x.dim(); ++dim) length *= x.size(dim);
+  for (int64_t found = 1; length > 1 && run < length && found;) {
+    found = 0;
+    for (int64_t dim = 1; dim < x.dim(); ++dim)
+      if (x.size(dim) > 1 && x.stride(dim) == run) run *= found = x.size(dim);
+  }
+  return length <= 1 || run == length;
+}
+
+// Do the rows of a and b lie alike, however far apart?
+inline bool same_rows(const Tensor& a, const Tensor& b) {
+  for (int64_t dim = 1; dim < a.dim(); ++dim)
+    if (a.size(dim) > 1 && a.stride(dim) != b.stride(dim)) return false;
+  return true;
+}
+
+inline bool same_layout(const Tensor& a, const Tensor& b) {
+  for (int64_t dim = 0; dim < a.dim(); ++dim)
+    if (a.size(dim) > 1 && a.stride(dim) != b.stride(dim)) return false;
+  return true;
+}
+
+// x in the layout of like, which is dense.
+inline Tensor laid_out_as(const Tensor& x, const Tensor& like) {
+  if (same_layout(x, like)) return x;
+  Tensor copy = torch::stable::empty_like(like);
+  return torch::stable::copy_(copy, x);
+}
 
 }  // namespace fastgan

@@ -2,25 +2,16 @@
 // minibatch_discrimination.inl, once per instruction set.
 #include "common.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 #include <cmath>
 #include <memory>
 #include <new>
-#include <sstream>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
 namespace fastgan {
 namespace {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 enum class Operator { forward, backward, jvp, double_backward };
 
@@ -76,9 +67,6 @@ struct Problem {
 
 namespace fastgan {
 namespace {
-
-template <class S> struct AccumulateIn { using Type = float; };
-template <> struct AccumulateIn<double> { using Type = double; };
 
 struct Free {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
@@ -238,29 +226,12 @@ template <class S, Operator op> void run(const Problem& p) {
 template <Operator op> void run_for_dtype(const Problem& problem, ScalarType dtype) {
   ++calls;
   if (problem.B == 0 || problem.K == 0) return;
-  switch (dtype) {
-    case ScalarType::Float: return run<float, op>(problem);
-    case ScalarType::Double: return run<double, op>(problem);
-    case ScalarType::Half: return run<Half, op>(problem);
-    default: return run<BFloat16, op>(problem);
-  }
-}
-
-std::string shape(const Tensor& tensor) {
-  std::ostringstream text;
-  text << '(';
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim) text << (dim ? ", " : "") << tensor.size(dim);
-  text << ')';
-  return text.str();
+  for_dtype(dtype, [&](auto type) { run<decltype(type), op>(problem); });
 }
 
 Problem describe(const char* op, const Tensor& m) {
   STD_TORCH_CHECK(m.dim() == 3, "fastgan::", op, ": m has shape ", shape(m), ", expected (B, K, D)");
-  const ScalarType dtype = m.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
-                      dtype == ScalarType::BFloat16,
-                  "fastgan::", op, ": m is ", torch::headeronly::toString(dtype),
-                  ", expected a floating-point tensor of 16, 32 or 64 bits");
+  check_float(op, "m", m);
   Problem problem;
   problem.B = m.size(0), problem.K = m.size(1), problem.D = m.size(2);
   problem.m = Strided(m);

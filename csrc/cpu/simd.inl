@@ -134,6 +134,76 @@ FASTGAN_INLINE DoubleVector scaled_sign(DoubleVector x) {
 #endif
 }
 
+// Vectors of float out of, and into, memory of any type; numbers of 16 bits are rounded to nearest, as torch does.
+typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+
+FASTGAN_INLINE FloatVector load_wide(const float* p) { return load(p); }
+FASTGAN_INLINE DoubleVector load_wide(const double* p) { return load(p); }
+FASTGAN_INLINE FloatVector load_wide(const BFloat16* p) {
+  HalfWords words;
+  std::memcpy(&words, p, sizeof words);
+  return (FloatVector)(__builtin_convertvector(words, Words) << 16);
+}
+FASTGAN_INLINE FloatVector load_wide(const Half* p) {
+#if FASTGAN_ISA == 512
+  return (FloatVector)_mm512_maskz_cvtph_ps(__mmask16(-1), _mm256_loadu_si256((const __m256i*)p));
+#elif FASTGAN_ISA == 2
+  return (FloatVector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  FloatVector x;
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = p[i];
+  return x;
+#endif
+}
+
+FASTGAN_INLINE void store_narrow(float* p, FloatVector x) { store(p, x); }
+FASTGAN_INLINE void store_narrow(double* p, DoubleVector x) { store(p, x); }
+FASTGAN_INLINE void store_narrow(BFloat16* p, FloatVector x) {
+  const Words b = (Words)x, nan = (Words)(x != x);
+  const Words rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+  const HalfWords words = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), HalfWords);
+  std::memcpy(p, &words, sizeof words);
+}
+FASTGAN_INLINE void store_narrow(Half* p, FloatVector x) {
+#if FASTGAN_ISA == 512
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(__mmask16(-1), (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif FASTGAN_ISA == 2
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i] = x[i];
+#endif
+}
+
+// Past the caches: what is written this way isn't read into them first. The address has to be aligned, and end_of_stream
+// has to be called before another thread reads.
+FASTGAN_INLINE void stream(float* p, FloatVector x) {
+#if FASTGAN_ISA == 512
+  _mm512_stream_ps(p, (__m512)x);
+#elif FASTGAN_ISA == 2
+  _mm256_stream_ps(p, (__m256)x);
+#else
+  store(p, x);
+#endif
+}
+FASTGAN_INLINE void stream(double* p, DoubleVector x) {
+#if FASTGAN_ISA == 512
+  _mm512_stream_pd(p, (__m512d)x);
+#elif FASTGAN_ISA == 2
+  _mm256_stream_pd(p, (__m256d)x);
+#else
+  store(p, x);
+#endif
+}
+
+FASTGAN_INLINE bool aligned(const void* p) { return (uintptr_t)p % kVectorBytes == 0; }
+
+static inline void end_of_stream() {
+#if FASTGAN_ISA != 0
+  _mm_sfence();
+#endif
+}
+
 // The sum of the lanes of x.
 template <class T> FASTGAN_INLINE T sum(Vector<T> x) {
   T lanes[kLanes<T>];
@@ -141,6 +211,35 @@ template <class T> FASTGAN_INLINE T sum(Vector<T> x) {
   for (int half = kLanes<T> / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   return lanes[0];
+}
+
+// The sum of squares, in double: those of a float overflow and underflow too early.
+typedef float HalfAsManyFloats __attribute__((vector_size(kVectorBytes / 2)));
+FASTGAN_INLINE void add_squares(DoubleVector (&sums)[2], DoubleVector x) { sums[0] += x * x; }
+FASTGAN_INLINE void add_squares(DoubleVector (&sums)[2], FloatVector x) {
+  HalfAsManyFloats halves[2];
+  std::memcpy(halves, &x, sizeof x);
+  for (int half = 0; half < 2; ++half) {
+    const DoubleVector wide = __builtin_convertvector(halves[half], DoubleVector);
+    sums[half] += wide * wide;
+  }
+}
+template <class S> double squares(const S* x, int64_t count) {
+  constexpr int N = sizeof(S) == 8 ? kLanes<double> : kLanes<float>, chains = 4;
+  DoubleVector sums[chains][2] = {};
+  int64_t i = 0;
+  for (; i + chains * N <= count; i += chains * N)
+#pragma GCC unroll 4
+    for (int k = 0; k < chains; ++k) add_squares(sums[k], load_wide(x + i + k * N));
+  for (; i + N <= count; i += N) add_squares(sums[0], load_wide(x + i));
+  if (i < count) {
+    S rest[N] = {};
+    std::memcpy(rest, x + i, (count - i) * sizeof(S));
+    add_squares(sums[1], load_wide(rest));
+  }
+  DoubleVector total = {};
+  for (int k = 0; k < chains; ++k) total += sums[k][0] + sums[k][1];
+  return sum<double>(total);
 }
 
 // totals[i] += the sum of the lanes of x[i], for each i.

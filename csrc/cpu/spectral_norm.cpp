@@ -11,25 +11,15 @@
 // depend on the number of threads.
 #include "common.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 #include <memory>
 #include <new>
 #include <numeric>
-#include <sstream>
-#include <string>
 #include <tuple>
 #include <vector>
 
 namespace fastgan {
 namespace {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int kTileBytes = 256;
 
@@ -46,9 +36,6 @@ constexpr int64_t kStripe = 1 << 15;      // elements that are worth a task
 constexpr int64_t kMaxStripes = 16;       // per weight: each has its own sums
 constexpr int64_t kTogether = 1 << 17;    // elements of weights worked on at once: they stay in cache until the second look
 constexpr int64_t kPastCaches = 1 << 21;  // elements above which results are written past the caches
-
-template <class S> struct AccumulateIn { using Type = float; };
-template <> struct AccumulateIn<double> { using Type = double; };
 
 struct Scale {
   double target;
@@ -76,19 +63,6 @@ struct Matrix {
   int64_t numel() const { return A * R * B; }
   bool past_caches() const { return numel() > kPastCaches; }
 };
-
-bool same_layout(const Tensor& a, const Tensor& b) {
-  for (int64_t dim = 0; dim < a.dim(); ++dim)
-    if (a.size(dim) > 1 && a.stride(dim) != b.stride(dim)) return false;
-  return true;
-}
-
-// x in the layout of like, which is dense.
-Tensor laid_out_as(const Tensor& x, const Tensor& like) {
-  if (same_layout(x, like)) return x;
-  Tensor copy = torch::stable::empty_like(like);
-  return torch::stable::copy_(copy, x);
-}
 
 Matrix as_matrix(const Tensor& weight, const Tensor& result, int64_t dim) {
   Matrix m;
@@ -416,20 +390,6 @@ template <class S> void run(std::vector<Backward<S>>& layers) {
 
 // The dispatcher's side.
 
-std::string shape(const Tensor& tensor) {
-  std::ostringstream text;
-  text << '(';
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim) text << (dim ? ", " : "") << tensor.size(dim);
-  text << ')';
-  return text.str();
-}
-
-bool is_float(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
-}
-
-ScalarType accumulate_dtype(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
-
 // That u or v is a contiguous vector of the right length and dtype; made contiguous where it isn't.
 Tensor checked_vector(const char* op, const char* name, const Tensor& x, const Tensor& weight, int64_t length) {
   STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == length, "fastgan::", op, ": ", name, " has shape ", shape(x), ", expected (", length,
@@ -441,8 +401,7 @@ Tensor checked_vector(const char* op, const char* name, const Tensor& x, const T
 }
 
 void check_weight(const char* op, const Tensor& weight, int64_t dim) {
-  STD_TORCH_CHECK(is_float(weight.scalar_type()), "fastgan::", op, ": weight is ", torch::headeronly::toString(weight.scalar_type()),
-                  ", expected a floating-point tensor of 16, 32 or 64 bits");
+  check_float(op, "weight", weight);
   STD_TORCH_CHECK(-weight.dim() <= dim && dim < weight.dim(), "fastgan::", op, ": dim is ", dim, ", out of range for a weight of shape ", shape(weight));
 }
 
@@ -454,17 +413,6 @@ int64_t column_count(const Tensor& weight, int64_t dim) {
     if (d != (dim < 0 ? dim + weight.dim() : dim)) count *= weight.size(d);
   return count;
 }
-
-template <class F> void for_dtype(ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case ScalarType::Float: return f(float());
-    case ScalarType::Double: return f(double());
-    case ScalarType::Half: return f(Half());
-    default: return f(BFloat16());
-  }
-}
-
-constexpr ScalarType kDtypes[] = {ScalarType::Float, ScalarType::Double, ScalarType::Half, ScalarType::BFloat16};
 
 using Tensors = std::vector<Tensor>;
 
@@ -502,8 +450,7 @@ Tensors run_backward(const char* op, const Tensors& grads, const Tensors& weight
   Tensors results, u, v;
   for (size_t i = 0; i < weights.size(); ++i) {
     check_weight(op, weights[i], dims[i]);
-    bool same = grads[i].dim() == weights[i].dim() && grads[i].scalar_type() == weights[i].scalar_type() && grads[i].is_cpu();
-    for (int64_t d = 0; same && d < grads[i].dim(); ++d) same = grads[i].size(d) == weights[i].size(d);
+    const bool same = same_shape(grads[i], weights[i]) && grads[i].scalar_type() == weights[i].scalar_type() && grads[i].is_cpu();
     STD_TORCH_CHECK(same, "fastgan::", op, ": grad has shape ", shape(grads[i]), ", expected one like weight, ", shape(weights[i]), ", of its dtype");
     u.push_back(checked_vector(op, "u", us[i], weights[i], row_count(weights[i], dims[i])));
     v.push_back(checked_vector(op, "v", vs[i], weights[i], column_count(weights[i], dims[i])));

@@ -92,61 +92,8 @@ template <class S, class T> void convert(const S* in, int64_t count, T* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = T(in[i]);
 }
 
-typedef float HalfAsManyFloats __attribute__((vector_size(kVectorBytes / 2)));
-
-FASTGAN_INLINE DoubleVector load_as_double(const double* x) { return load(x); }
-FASTGAN_INLINE DoubleVector load_as_double(const float* x) {
-  HalfAsManyFloats narrow;
-  std::memcpy(&narrow, x, sizeof narrow);
-  return __builtin_convertvector(narrow, DoubleVector);
-}
-
-// Sum of squares, in double: those of a float overflow and underflow too early.
-template <class T> double squares(const T* x, int64_t count) {
-  constexpr int N = kLanes<double>;
-  DoubleVector sums[2] = {};
-  int64_t i = 0;
-  for (; i + 2 * N <= count; i += 2 * N)
-    for (int k = 0; k < 2; ++k) {
-      const DoubleVector value = load_as_double(x + i + k * N);
-      sums[k] += value * value;
-    }
-  double total = sum<double>(sums[0] + sums[1]);
-  for (; i < count; ++i) total += double(x[i]) * x[i];
-  return total;
-}
-
 template <class S, class T> struct Same { static constexpr bool value = false; };
 template <class S> struct Same<S, S> { static constexpr bool value = true; };
-
-// Past the caches: what is written this way isn't read into them first. The address has to be aligned, and end_of_stream
-// has to be called before another thread reads.
-FASTGAN_INLINE void stream(float* p, FloatVector x) {
-#if FASTGAN_ISA == 512
-  _mm512_stream_ps(p, (__m512)x);
-#elif FASTGAN_ISA == 2
-  _mm256_stream_ps(p, (__m256)x);
-#else
-  store(p, x);
-#endif
-}
-FASTGAN_INLINE void stream(double* p, DoubleVector x) {
-#if FASTGAN_ISA == 512
-  _mm512_stream_pd(p, (__m512d)x);
-#elif FASTGAN_ISA == 2
-  _mm256_stream_pd(p, (__m256d)x);
-#else
-  store(p, x);
-#endif
-}
-
-FASTGAN_INLINE bool aligned(const void* p) { return (uintptr_t)p % kVectorBytes == 0; }
-
-void end_of_stream() {
-#if FASTGAN_ISA != 0
-  _mm_sfence();
-#endif
-}
 
 // out = s in + k q, without q: out = s in.
 template <class S, class T> void combine(const S* in, S* out, int64_t count, T s, T k, const T* q, bool past_caches) {
