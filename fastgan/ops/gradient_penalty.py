@@ -9,10 +9,10 @@ r"""Penalties on per-sample gradients: norms, value, and the derivative of the v
     max                 weight   max q_i              2 weight / (how many share the largest q) where it is reached, else 0
 
     forward    (P, n, c)
-    backward   dP/dg_i = c_i g_i        the same product carries every other derivative: with other factors it is that of n and c
+    backward   dP/dg_i = c_i g_i        with other factors, those of n and c: one product carries every derivative
 
-A zero gradient has norm 0, factor 0 and derivative 0 where eager's norm has NaN. P, n and c are float32 for gradients of 16 bits
-and of the gradients' dtype otherwise; no samples have the penalty 0.
+A zero gradient has norm 0, factor 0 and derivative 0 where the textbook's norm has NaN. P, n and c are float32 for gradients of
+16 bits and of the gradients' dtype otherwise; no samples have the penalty 0.
 """
 
 import torch

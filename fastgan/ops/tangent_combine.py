@@ -5,8 +5,8 @@ Behind a (leaky) ReLU with activation ``a`` (B, ...), in one pass, from the tang
     passed    m t                 m = 1 where a > 0, else slope: the activation's tangent, which the next product carries on
     combined  factors_i a + m t   what the next product's weight gradient is taken of
 
-``factors`` (B,), or () if all samples share one, is dLoss/dscore; slope = 1 leaves the tangent as it is. Arithmetic on 16 bits is
-float32, where ``combined`` may round the smaller of its terms away: the critic step adds two gradients instead.
+``factors`` (B,), or () if all samples share one, is dLoss/dscore; slope = 1 leaves the tangent as it is. Arithmetic on 16 bits
+is float32, but rounding ``combined`` to them may lose the smaller of its terms: the critic step adds two gradients instead.
 The results are tangents of a gradient that is delivered as a finished number: they have no derivatives.
 """
 
