@@ -32,7 +32,8 @@ from .critic.deliver import Delivery
 from .critic.forward import Forward, unwrap
 from .critic.inputs import check_batch, interpolate, scale_of, weights_for
 from .critic.outputs import score_list
-from .critic.reduction import Form, norms_of, penalty_value, square_sums
+from .critic.reduction import Form, penalty_value
+from .ops.gradient_penalty import norms_of
 
 __all__ = [
     "LazySchedule",
@@ -75,7 +76,7 @@ def penalise(
     if not torch.is_grad_enabled():
         with torch.enable_grad():
             g = fallback.input_gradient(forward, weights, scale)
-        value, norms = penalty_value(square_sums(g, form), form)
+        value, norms = penalty_value(g, form)
     else:
         value, norms = _with_gradients(forward, form, weights, method, scale, force)
     return (value, norms.detach()) if return_norms else value

@@ -17,9 +17,9 @@ from .passes import (
     SharedPass,
     check_tangents,
     push_to_leaves,
-    seed_of_penalty,
     share_saved,
 )
+from .reduction import penalty_and_seed
 
 METHODS = ("auto", "fused", "jvp", "finite_difference", "double_backward")
 FUSED, DOUBLE = "fused", "double_backward"
@@ -159,7 +159,7 @@ def shared_pass(forward, cotangents, form, weights, scale=1.0):
     run = SharedPass(forward, graph, plan, weights, scale)
     try:
         g = run.delta()
-        penalty, norms, w, inner = seed_of_penalty(g, form)
+        penalty, norms, w, inner = penalty_and_seed(g, form)
         per_sample = isinstance(s, torch.Tensor)
         if per_sample:
             try:
@@ -218,7 +218,7 @@ def directional(forward, cotangents, form, weights, method, scale=1.0, force=Fal
     if method == "finite_difference" and not force:
         fallback.refuse_kinks(forward)
     g = fallback.input_gradient(forward, weights, scale)
-    penalty, norms, w, inner = seed_of_penalty(g, form)
+    penalty, norms, w, inner = penalty_and_seed(g, form)
     result = plain(forward, cotangents, scale)
     if method == "jvp":
         slope = fallback.directional_jvp(forward, w, weights)

@@ -15,7 +15,7 @@ from fastgan._dtypes import HALF
 from .analyse import Graph, analyse, op_name
 from .forward import leaves_of
 from .forward_mode import WRONG_TANGENTS, Composed
-from .reduction import penalty_value, square_sums
+from .reduction import penalty_value
 
 
 def weighted_sum(scores, weights):
@@ -45,7 +45,7 @@ def differentiable_penalty(forward, form, weights, scale=1.0):
     """(penalty, norms (N,)) with the double-backward graph attached."""
     with torch.enable_grad():
         g = input_gradient(forward, weights, scale, create_graph=True)
-        return penalty_value(square_sums(g, form), form)
+        return penalty_value(g, form)
 
 
 def gradients_of(value, leaves, scale=1.0):

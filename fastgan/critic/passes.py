@@ -15,7 +15,6 @@ from fastgan._dtypes import HALF
 
 from .analyse import Refused
 from .probe import find_layouts, spread
-from .reduction import penalty_and_seed
 
 # The tangent pass ends in the change of the scores along w, which must be <g_i, w_i>. Rounding of a deep critic stays
 # well below these; coupled samples are off by tenths.
@@ -37,14 +36,6 @@ def tangent_combine(t, a, factor, reuse):
     if isinstance(factor, float):
         return t.add_(a, alpha=factor) if reuse else torch.add(t, a, alpha=factor)
     return t.addcmul_(a, factor) if reuse else torch.addcmul(t, a, factor)
-
-
-def penalty_seed(grad, rows, form):
-    """w = dP/dgrad = c_i * grad (* mask^2 if masked), in grad's dtype. rows (B,): c per row."""
-    w = grad.to(rows.dtype) * rows.view([-1] + [1] * (grad.dim() - 1))
-    if form.mask is not None:
-        w = w * form.mask * form.mask
-    return w.to(grad.dtype)
 
 
 # --- the pass --------------------------------------------------------------------------------------------------------
@@ -339,9 +330,3 @@ def check_tangents(tangents, weights, expected, per_sample, scale=1.0):
         total = total + weight / scale * (t.reshape(t.shape[0], -1).sum(1) if per_sample else t.sum())
     expected = expected if per_sample else expected.sum()
     return (total - expected).norm() <= tolerance * expected.norm() + floor, tolerance
-
-
-def seed_of_penalty(g, form):
-    """(penalty, norms (N,), w, <w_i, g_i> (N,)) of an unscaled gradient."""
-    value, norms, rows, inner = penalty_and_seed(g, form)
-    return value, norms, penalty_seed(g, rows, form), inner

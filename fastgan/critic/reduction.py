@@ -1,17 +1,12 @@
-"""From per-sample input gradients to a penalty: norms, value, and the derivative of the value with respect to the
-gradients. Plain functions of plain tensors.
-
-Every penalty here depends on the gradient only through q_i = ||g_i||^2 of each sample, so its derivative is a factor
-per sample times the gradient itself: dP/dg_i = c_i g_i with c_i = 2 dP/dq_i.
-"""
+"""Which penalty, and from input gradients to its value and to its derivative with respect to them: packs and masks around
+the operators of :mod:`fastgan.ops.gradient_penalty`."""
 
 from dataclasses import dataclass, replace
 
 import torch
 
 from fastgan._dtypes import accumulate_dtype
-
-KINDS = ("gradient_penalty", "zero_centered", "power", "max")
+from fastgan.ops import gradient_penalty as penalty_op
 
 
 @dataclass(frozen=True)
@@ -37,8 +32,8 @@ class Form:
     mask: torch.Tensor | None = None
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"unknown penalty kind {self.kind!r}; known: {', '.join(KINDS)}")
+        if self.kind not in penalty_op.KINDS:
+            raise ValueError(f"unknown penalty kind {self.kind!r}; known: {', '.join(penalty_op.KINDS)}")
         if self.pac < 1:
             raise ValueError(f"pac must be at least 1, got {self.pac}")
         if self.kind == "power" and self.power < 1:
@@ -48,62 +43,32 @@ class Form:
         return replace(self, weight=weight)
 
 
-def square_sums(grad, form):
-    """q (N,) = per-sample sum of squares of grad (B, ...), N = B / pac, in at least float32; differentiable."""
-    g = grad.to(accumulate_dtype(grad.dtype))
+def _samples(grad, form):
+    """grad (B, ...), masked, as (N, ...): one gradient per sample."""
     if form.mask is not None:
-        g = g * form.mask
-    if g.shape[0] % form.pac:
-        raise ValueError(f"batch of {g.shape[0]} rows does not divide into packs of {form.pac}")
-    n = g.shape[0] // form.pac
-    return g.reshape(n, g.numel() // n if n else 0).square().sum(1)
+        grad = grad.to(accumulate_dtype(grad.dtype)) * form.mask
+    if form.pac == 1:
+        return grad
+    if grad.shape[0] % form.pac:
+        raise ValueError(f"batch of {grad.shape[0]} rows does not divide into packs of {form.pac}")
+    return grad.unflatten(0, (grad.shape[0] // form.pac, form.pac))
 
 
-def norms_of(q):
-    """sqrt(q) whose derivative at 0 is 0 instead of infinite."""
-    positive = q > 0
-    return torch.where(positive, torch.where(positive, q, 1.0).sqrt(), 0.0)
+def _penalty(samples, form):
+    return penalty_op.forward(samples, form.kind, form.weight, form.target, form.one_sided, form.power)
 
 
-def penalty_value(q, form):
-    """The penalty (scalar) and the norms (N,), differentiable in q (N,)."""
-    n = norms_of(q)
-    if form.kind == "zero_centered":
-        return q.mean() * (form.weight / 2), n
-    if form.kind == "max":
-        return q.amax() * form.weight, n
-    if form.kind == "power":
-        # through n only where n > 0: the derivative of 0^p is 0
-        return n.pow(form.power).mean() * form.weight, n
-    excess = n - form.target
-    if form.one_sided:
-        excess = excess.clamp_min(0)
-    return excess.square().mean() * form.weight, n
-
-
-def seed_factors(q, n, form):
-    """c (N,) with dP/dg_i = c_i g_i; the closed form of 2 d(penalty_value)/dq."""
-    count = q.shape[0]
-    if form.kind == "zero_centered":
-        return torch.full_like(q, form.weight / count)
-    if form.kind == "max":
-        largest = q == q.amax()
-        return largest.to(q.dtype) * (2 * form.weight) / largest.sum()
-    safe = torch.where(n > 0, n, 1.0)
-    if form.kind == "power":
-        c = safe.pow(form.power - 2) * (form.power * form.weight / count)
-    else:
-        excess = n - form.target
-        if form.one_sided:
-            excess = excess.clamp_min(0)
-        c = excess / safe * (2 * form.weight / count)
-    return torch.where(n > 0, c, 0.0)
+def penalty_value(grad, form):
+    """The penalty (scalar) and the norms (N,) of gradients (B, ...), N = B / pac; differentiable."""
+    value, norms, _ = _penalty(_samples(grad, form), form)
+    return value, norms
 
 
 def penalty_and_seed(grad, form):
-    """One pass over the gradient: (penalty, norms (N,), c per row (B,), <dP/dg_i, g_i> (N,))."""
-    q = square_sums(grad, form)
-    value, n = penalty_value(q, form)
-    c = seed_factors(q, n, form)
-    rows = c.repeat_interleave(form.pac) if form.pac > 1 else c
-    return value, n, rows, c * q
+    """(penalty, norms (N,), w = dP/dgrad, <w_i, g_i> (N,)) of gradients (B, ...)."""
+    samples = _samples(grad, form)
+    value, norms, factors = _penalty(samples, form)
+    w = penalty_op.backward(samples, factors).reshape(grad.shape)
+    if form.mask is not None:
+        w = (w * form.mask).to(grad.dtype)
+    return value, norms, w, factors * norms * norms
