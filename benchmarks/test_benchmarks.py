@@ -2,10 +2,10 @@
 
 import pytest
 
-from benchmarks import critic_step, minibatch_discrimination, spectral_norm
+from benchmarks import critic_step, gradient_penalty, minibatch_discrimination, spectral_norm
 from benchmarks.case import OURS, run
 
-CASES = [*minibatch_discrimination.CASES, *critic_step.CASES, *spectral_norm.CASES]
+CASES = [*minibatch_discrimination.CASES, *critic_step.CASES, *gradient_penalty.CASES, *spectral_norm.CASES]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

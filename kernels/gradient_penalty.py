@@ -1,7 +1,7 @@
 """Gradient penalties in Triton: fastgan/ops/gradient_penalty.py has the formulas.
 
-Forward is two launches: sums of squares of pieces of rows, whose number follows from the shape alone, and one program that adds
-them up in order and does all that comes per sample in double. Backward is one launch. No atomics: the same bits on every run.
+Three launches: sums of squares of pieces of rows, whose number follows from the shape alone; one program that adds them up in
+order and does all that comes per sample in double; and the product with the factors. No atomics: the same bits on every run.
 """
 
 import torch
@@ -94,21 +94,21 @@ def scale_kernel(grads, factors, out, stride, out_stride, length, pieces, PIECE:
 def gradient_penalty(grads, kind, weight, target, one_sided, power):
     if kind not in KINDS:
         raise ValueError(f"gradient_penalty: kind is {kind!r}, expected one of {', '.join(KINDS)}")
-    grads = grads if has_dense_rows(grads) else grads.contiguous()
+    rows = grads if has_dense_rows(grads) else grads.contiguous()
     count, (length, pieces) = grads.shape[0], pieces_of(grads, _PIECE)
     work = accumulate_dtype(grads.dtype)
     sums = grads.new_empty(count * pieces, dtype=torch.float64)
     penalty, norms, factors = (grads.new_empty(size, dtype=work) for size in ((), count, count))
     if count:
         square_sums_kernel[(count * pieces,)](
-            grads, sums, grads.stride(0), length, pieces,
+            rows, sums, rows.stride(0), length, pieces,
             ACC=tl.float64 if work == torch.float64 else tl.float32, PIECE=_PIECE, BLOCK=_BLOCK,
         )  # fmt: skip
     finish_kernel[(1,)](
         sums, penalty, norms, factors, count, pieces, float(weight), float(target), float(power),
         KIND=kind, ONE_SIDED=one_sided, SAMPLES=_SAMPLES,
     )  # fmt: skip
-    return penalty, norms, factors
+    return penalty, norms, factors, gradient_penalty_backward(grads, factors)
 
 
 def gradient_penalty_backward(grads: Tensor, factors: Tensor) -> Tensor:

@@ -43,13 +43,14 @@ def gradients(*shape, dtype=torch.float64):
 @pytest.mark.parametrize("kind", op.KINDS)
 def test_textbook_formula_and_its_derivatives(kind, one_sided):
     g = gradients(7, 3, 5)
-    value, norms, factors = penalty(g, kind, one_sided)
+    value, norms, factors, seed = penalty(g, kind, one_sided)
     expected = textbook(g, kind, one_sided)
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(norms, g.flatten(1).norm(2, 1))
     (ours,), (theirs,) = (torch.autograd.grad(p, g, create_graph=True) for p in (value, expected))
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(factors.view(-1, 1, 1) * g, theirs)
+    torch.testing.assert_close(seed, theirs)
     v = torch.randn_like(g)
     second = [torch.autograd.grad(first, g, v, retain_graph=True, allow_unused=True)[0] for first in (ours, theirs)]
     torch.testing.assert_close(*second)
@@ -61,12 +62,27 @@ def test_third_derivative(kind):
     assert torch.autograd.gradgradcheck(lambda g: torch.autograd.grad(penalty(g, kind)[0], g, create_graph=True)[0], (g,))
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_backward_again_after_its_result_was_written_to(scale):
+    """The first backward may hand out memory that was made in the forward."""
+    g = gradients(4, 6)
+    value = penalty(g, "gradient_penalty")[0] * scale
+    expected = torch.autograd.grad(textbook(g, "gradient_penalty", False) * scale, g)[0]
+    value.backward(retain_graph=True)
+    torch.testing.assert_close(g.grad, expected)
+    g.grad.zero_()
+    value.backward(retain_graph=True)
+    torch.testing.assert_close(g.grad, expected)
+    value.backward()
+    torch.testing.assert_close(g.grad, 2 * expected)
+
+
 @pytest.mark.parametrize("kind", op.KINDS)
 def test_zero_gradients_have_norm_and_derivative_zero(kind):
     g = gradients(4, 6).detach()
     g[1] = 0
     g.requires_grad_()
-    value, norms, factors = penalty(g, kind)
+    value, norms, factors, _ = penalty(g, kind)
     value.backward()
     assert norms[1] == factors[1] == 0
     assert torch.equal(g.grad[1], torch.zeros(6, dtype=g.dtype))
@@ -81,7 +97,7 @@ def test_ties_of_the_largest_share_its_derivative():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bits_are_summed_in_float32(dtype):
     g = torch.full((2, 1000), 50.0, dtype=dtype)  # the sum of squares is 2.5e6: infinite in float16
-    value, norms, factors = op.forward(g, "zero_centered", 2.0, 0.0, False, 2.0)
+    value, norms, factors, _ = op.forward(g, "zero_centered", 2.0, 0.0, False, 2.0)
     assert (value.dtype, norms.dtype, factors.dtype) == (torch.float32,) * 3
     assert value.item() == 2.5e6
     torch.testing.assert_close(norms, torch.full((2,), math.sqrt(2.5e6)))
@@ -92,7 +108,7 @@ def test_16_bits_are_summed_in_float32(dtype):
 def test_nan_is_not_hidden(kind):
     g = gradients(4, 6).detach()
     g[2, 3] = float("nan")
-    value, norms, _ = penalty(g, kind)
+    value, norms, *_ = penalty(g, kind)
     assert value.isnan()
     assert norms.isnan().tolist() == [False, False, True, False]
 

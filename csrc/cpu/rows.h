@@ -14,8 +14,6 @@ struct Rows {
   explicit Rows(const Tensor& x) : tensor(x), data(x.const_data_ptr()), count(x.size(0)), length(1), stride(x.stride(0)) {
     for (int64_t dim = 1; dim < x.dim(); ++dim) length *= x.size(dim);
   }
-  // x, copied if its rows are scattered.
-  static Rows of(const Tensor& x) { return Rows(has_dense_rows(x) ? x : torch::stable::contiguous(x)); }
   // x with its rows laid out as those of like, copied if they aren't.
   static Rows like(const Tensor& x, const Tensor& like) { return Rows(same_rows(x, like) ? x : laid_out_as(x, like)); }
 

@@ -60,15 +60,15 @@ def _penalty(samples, form):
 
 def penalty_value(grad, form):
     """The penalty (scalar) and the norms (N,) of gradients (B, ...), N = B / pac; differentiable."""
-    value, norms, _ = _penalty(_samples(grad, form), form)
+    value, norms, *_ = _penalty(_samples(grad, form), form)
     return value, norms
 
 
 def penalty_and_seed(grad, form):
     """(penalty, norms (N,), w = dP/dgrad, <w_i, g_i> (N,)) of gradients (B, ...)."""
     samples = _samples(grad, form)
-    value, norms, factors = _penalty(samples, form)
-    w = penalty_op.backward(samples, factors).reshape(grad.shape)
+    value, norms, factors, seed = _penalty(samples, form)
+    w = seed.reshape(grad.shape)
     if form.mask is not None:
         w = (w * form.mask).to(grad.dtype)
     return value, norms, w, factors * norms * norms

@@ -8,8 +8,10 @@ r"""Penalties on per-sample gradients: norms, value, and the derivative of the v
     power               weight   mean n_i^power       weight power n_i^(power - 2) / N
     max                 weight   max q_i              2 weight / (how many share the largest q) where it is reached, else 0
 
-    forward    (P, n, c)
-    backward   dP/dg_i = c_i g_i        with other factors, those of n and c: one product carries every derivative
+    forward    (P, n, c, dP/dg)         dP/dg_i = c_i g_i
+    backward   factors_i g_i            with c dP/dg, with other factors dn/dg and dc/dg: one product for all derivatives
+
+Whoever wants a penalty wants its derivative too, and gets it while each gradient is still in cache.
 
 A zero gradient has norm 0, factor 0 and derivative 0 where the textbook's norm has NaN. P, n and c are float32 for gradients of
 16 bits and of the gradients' dtype otherwise; no samples have the penalty 0.
@@ -45,27 +47,30 @@ def norms_of(q: Tensor) -> Tensor:
     return _unless_zero(q, torch.sqrt)
 
 
-def _excess(n: Tensor, target: float, one_sided: bool) -> Tensor:
-    return (n - target).clamp_min(0) if one_sided else n - target
+def _penalty(q, n, kind, weight, target, one_sided, power):
+    """P and c."""
+    count = max(1, q.shape[0])
+    if kind == "zero_centered":
+        return q.sum() * (weight / 2 / count), _unless_zero(n, lambda n: torch.full_like(n, weight / count))
+    if kind == "max":
+        largest = q.amax() if q.numel() else q.sum()
+        reached = q == largest
+        shared = reached.to(q.dtype) / reached.sum().clamp_min(1)
+        return largest * weight, _unless_zero(n, lambda _: shared * (2 * weight))
+    if kind == "power":
+        factors = _unless_zero(n, lambda n: n.pow(power - 2) * (power * weight / count))
+        return n.pow(power).sum() * (weight / count), factors
+    excess = (n - target).clamp_min(0) if one_sided else n - target
+    return excess.square().sum() * (weight / count), _unless_zero(n, lambda n: excess / n * (2 * weight / count))
 
 
 def forward_reference(grads, kind, weight, target, one_sided, power):
     if kind not in KINDS:
         raise ValueError(f"gradient_penalty: kind is {kind!r}, expected one of {', '.join(KINDS)}")
     q = _rows(grads).square().sum(1)
-    n, count = norms_of(q), max(1, q.shape[0])
-    if kind == "zero_centered":
-        return q.sum() * (weight / 2 / count), n, _unless_zero(n, lambda n: torch.full_like(n, weight / count))
-    if kind == "max":
-        largest = q.amax() if q.numel() else q.sum()
-        reached = q == largest
-        shared = reached.to(q.dtype) / reached.sum().clamp_min(1)
-        return largest * weight, n, _unless_zero(n, lambda _: shared * (2 * weight))
-    if kind == "power":
-        factors = _unless_zero(n, lambda n: n.pow(power - 2) * (power * weight / count))
-        return n.pow(power).sum() * (weight / count), n, factors
-    excess = _excess(n, target, one_sided)
-    return excess.square().sum() * (weight / count), n, _unless_zero(n, lambda n: excess / n * (2 * weight / count))
+    n = norms_of(q)
+    penalty, factors = _penalty(q, n, kind, weight, target, one_sided, power)
+    return penalty, n, factors, backward_reference(grads, factors)
 
 
 def backward_reference(grads: Tensor, factors: Tensor) -> Tensor:
@@ -91,30 +96,50 @@ def _slope(n: Tensor, kind, weight, target, one_sided, power) -> Tensor:
     return torch.zeros_like(n)
 
 
+def _is_one(x: Tensor) -> bool:
+    """Known to be 1 without waiting for a device and without a value entering somebody's trace."""
+    plain = (
+        type(x) is Tensor
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+    return plain and x.device.type == "cpu" and not torch.is_grad_enabled() and x.item() == 1
+
+
 def _forward_setup(ctx, inputs, output):
     ctx.form = inputs[1:]
+    ctx.seed = output[3].detach()
     saved = inputs[0], output[1], output[2]
     ctx.save_for_backward(*saved)
     ctx.save_for_forward(*saved)
     ctx.set_materialize_grads(False)
 
 
-def _forward_backward(ctx, of_penalty, of_norms, of_factors):
+def _forward_backward(ctx, of_penalty, of_norms, of_factors, of_seed):
     grads, n, factors = ctx.saved_tensors
-    parts = []
+    seed, ctx.seed = ctx.seed, None  # handed out once: who gets a gradient may write to it
+    if of_norms is of_factors is of_seed is None and seed is not None and _is_one(of_penalty):
+        return seed, *(None,) * 5
+    rows, direct = [], None
     if of_penalty is not None:
-        parts.append(of_penalty * factors)
+        rows.append(of_penalty * factors)
     if of_norms is not None:
-        parts.append(of_norms * _unless_zero(n, torch.reciprocal))
+        rows.append(of_norms * _unless_zero(n, torch.reciprocal))
     if of_factors is not None:
-        parts.append(of_factors * _slope(n, *ctx.form))
-    return backward(grads, sum(parts[1:], parts[0])) if parts else None, *(None,) * 5
+        rows.append(of_factors * _slope(n, *ctx.form))
+    if of_seed is not None:
+        rows.append(_row_dots(of_seed, grads) * _slope(n, *ctx.form))
+        direct = backward(of_seed, factors)
+    along = backward(grads, sum(rows[1:], rows[0])) if rows else None
+    return along if direct is None else along + direct, *(None,) * 5
 
 
 def _forward_jvp(ctx, t, *_):
     grads, n, factors = ctx.saved_tensors
     dots = _row_dots(t, grads)
-    return (factors * dots).sum(), dots * _unless_zero(n, torch.reciprocal), dots * _slope(n, *ctx.form)
+    of_factors = dots * _slope(n, *ctx.form)
+    of_seed = backward(t, factors) + backward(grads, of_factors)
+    return (factors * dots).sum(), dots * _unless_zero(n, torch.reciprocal), of_factors, of_seed
 
 
 def _save_inputs(ctx, inputs, output):
@@ -138,12 +163,12 @@ def _backward_jvp(ctx, t_grads, t_factors):
 def _like_outputs(grads, *_):
     work = accumulate_dtype(grads.dtype)
     per_sample = grads.new_empty(grads.shape[:1], dtype=work)
-    return grads.new_empty((), dtype=work), per_sample, torch.empty_like(per_sample)
+    return grads.new_empty((), dtype=work), per_sample, torch.empty_like(per_sample), torch.empty_like(grads)
 
 
 forward = declare(
     "gradient_penalty(Tensor grads, str kind, float weight, float target, bool one_sided, float power)"
-    " -> (Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     reference=forward_reference,
     fake=_like_outputs,
     setup_context=_forward_setup,
