@@ -35,6 +35,8 @@ class FlopCounter(TorchDispatchMode):
         elif name is aten.convolution_backward:
             grad, x, w, transposed, mask = args[0], args[1], args[2], args[7], args[10]
             n = _convolution(w, x.numel() if transposed else grad.numel(), transposed) * (mask[0] + mask[1])
+        elif name is aten.slow_conv_transpose2d:
+            n = _convolution(args[1], args[0].numel(), True)
         elif name is aten.mm:
             n = 2 * args[0].shape[0] * args[0].shape[1] * args[1].shape[1]
         elif name is aten.addmm:

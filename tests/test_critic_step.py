@@ -686,3 +686,23 @@ def test_large_activations_are_given_back_and_the_fallback_does_not_miss_them():
     real, fake = torch.randn(2, 4, 3, 32, 32, dtype=torch.float64)
     check(make, real, fake, r1=1.0, r2=1.0, loss="least_squares", method="double_backward", repeats=3)
     check(make, real, fake, r1=1.0, r2=1.0, loss="wasserstein", method="fused", repeats=3)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        lambda: nn.Conv2d(3, 8, 4, 2, 1),
+        lambda: nn.Conv2d(3, 8, 3, 2, (1, 0), dilation=(1, 2)),
+        lambda: nn.Conv2d(3, 8, (5, 2), (3, 1), padding="valid", bias=False),
+        lambda: nn.Conv2d(3, 8, 1),
+        lambda: nn.Conv2d(3, 6, 3, groups=3),
+        lambda: nn.ConvTranspose2d(3, 8, 3, 2),
+        lambda: nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"),
+    ],
+    ids=["strided", "dilated", "oblong", "pointwise", "grouped", "transposed", "padded"],
+)
+def test_gradient_of_images_through_the_first_layer(first):
+    """The first convolution's input gradient has a way of its own: sizes, also those that windows don't reach the end of."""
+    for size in (9, 12, 13):
+        real, fake = torch.randn(2, 4, 3, size, size, dtype=torch.float64)
+        check(lambda: nn.Sequential(first(), nn.LeakyReLU(0.2), critics.LazyHead()), real, fake, r1=1.0, r2=2.0, method="fused")

@@ -121,6 +121,7 @@ class Plan:
     taps: list = field(default_factory=list)
     uses: dict = field(default_factory=dict)  # how many instructions read each tangent
     x_position: int = -1
+    entry: Instruction | None = None  # a convolution that alone reads the input, and whose few channels have a faster gradient
     value_dependent: bool = False  # holds an operation that could mix samples depending on values
     kinks: tuple = ()  # nodes whose derivative jumps
     opaque: tuple = ()  # nodes that are not ATen operations
@@ -188,6 +189,10 @@ def analyse(graph, outputs, x_node):
             plan.taps.append(ins)
         plan.instructions.append(ins)
     plan.kinks, plan.opaque = tuple(dict.fromkeys(kinks)), tuple(dict.fromkeys(opaque))
+    readers = [ins for ins in plan.instructions if (plan.x_position, 0) in ins.sources]
+    if len(readers) == 1 and readers[0].tapped and readers[0].op == "Convolution":
+        reader = readers[0]
+        plan.entry = reader if reader.rule.reads_few_channels(graph.nodes[reader.position]) else None
     for o in outputs:
         if o.grad_fn is None:
             continue

@@ -55,7 +55,8 @@ class SharedPass:
         self.up = scale / self.down
         self.deltas = [None] * len(plan.taps)
 
-    def _backward(self, factors=None):
+    def _backward(self, factors=None, to=None):
+        """Cotangents of the weighted sum of scores, each sample's times its factor, at the input or at another edge."""
         outputs, seeds = [], []
         for score, weight in zip(self.forward.scores, self.weights, strict=False):
             if score.grad_fn is None or self.graph.index.get(score.grad_fn) is None:
@@ -65,7 +66,17 @@ class SharedPass:
                 seed = seed * factors.view([-1] + [1] * (score.dim() - 1)).to(score.dtype)
             outputs.append(score)
             seeds.append(seed)
-        return torch.autograd.grad(outputs, self.forward.x, seeds, retain_graph=True)[0]
+        return torch.autograd.grad(outputs, self.forward.x if to is None else to, seeds, retain_graph=True)[0]
+
+    def _to_input(self):
+        """Gradient of the weighted sum of scores with respect to the input."""
+        entry = self.plan.entry
+        if entry is None:
+            return self._backward()
+        node = self.graph.nodes[entry.position]
+        self.deltas[entry.tap] = self._backward(to=GradientEdge(node, 0))
+        with torch.no_grad():
+            return entry.rule.input_gradient(node, self.deltas[entry.tap])
 
     def delta(self):
         """Gradient of the weighted sum of scores with respect to the input, in float32 or better, unscaled."""
@@ -77,7 +88,7 @@ class SharedPass:
 
             handles.append(self.graph.nodes[tap.position].register_prehook(hook))
         try:
-            g = self._backward()
+            g = self._to_input()
         finally:
             for handle in handles:
                 handle.remove()
