@@ -121,7 +121,8 @@ def test_benchmark_critics_share_and_count(make, shape, case):
     critic = make().double()
     unit = flops(lambda: critic(real))
     run = lambda: fastgan.critic_step(critic, real, fake, **case).loss.backward()  # noqa: E731
-    run()
+    for _ in range(3):
+        run()  # proofs are once per critic
     limit = 8.1 if "r2" in case else 7.1 if "r1" in case else 10.1
     assert flops(run) / unit <= limit
 

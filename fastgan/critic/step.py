@@ -8,6 +8,7 @@ from fastgan._dtypes import HALF
 
 from .. import losses
 from . import engine
+from . import joint as joining
 from .deliver import Delivery
 from .forward import Forward, unwrap
 from .inputs import check_batch, check_pair, interpolate, scale_of
@@ -58,8 +59,10 @@ def critic_step(
     ``r1``, ``r2``: weights of weight / 2 * mean ||grad D||^2 at the reals and at the fakes.
     ``real_args``, ``fake_args``, ``interpolate_args`` (default ``real_args``): further arguments of the critic.
     ``score_fn``: picks the scores out of the critic's output.
-    ``joint``: True runs real and fake as one batch (one spectral-norm update, one set of batch statistics). "auto" and
-    False run them one after the other, which is how the textbook formula moves buffers and random state.
+    ``joint``: True runs real and fake as one batch (one spectral-norm update, one set of batch statistics). False runs them
+    one after the other, which is how the textbook formula moves buffers and random state. "auto" does so too until it has
+    seen that the critic, a module without forward hooks, moves nothing, and proved that its samples are independent and the
+    scores of one batch those of two (:mod:`fastgan.critic.joint`); then it joins where that is faster.
     ``grad_scaler``: a :class:`torch.amp.GradScaler`: penalised cotangents are computed at its scale and unscaled in
     float32. Scale the loss with it as usual.
     ``microbatch``: samples to run at a time; for losses that are means over samples. Buffers then move once a part.
@@ -107,7 +110,7 @@ def critic_step(
     }
     parts = _parts(step.loss, real, fake, real_args, fake_args, interpolate_args, alpha, microbatch, pac)
     for part in parts:
-        step.run(part, forms, joint is True, generator, pac)
+        step.run(part, forms, joint, generator, pac)
     return step.finish()
 
 
@@ -167,10 +170,31 @@ class _Step:
         return forward
 
     def run(self, part, forms, joint, generator, pac):
-        share = part.share
-        if joint:
+        if joint is True:
             self._joint(part, forms)
-        elif self.loss.separable:
+        else:
+            key = self._may_join(part, forms) if joint == "auto" else None
+            penalised = forms["r1"] is not None
+            both = joining.joint_forward(self.critic, key, part.real, part.fake, self.score_fn, penalised)
+            if both is not None:
+                self._joint(part, forms, both)
+            else:
+                joining.run_apart(self.critic, key, part.real.device, lambda: self._apart(part, forms))
+        if forms["gp"] is not None:
+            inputs = interpolate(part.real, part.fake, alpha=part.alpha, generator=generator, pac=pac)
+            forward = self.forward(inputs, part.interpolate_args, True)
+            self._penalised("gp", forward, None, forms["gp"], part.share)
+
+    def _may_join(self, part, forms):
+        r1, r2 = forms["r1"], forms["r2"]
+        alike = (r1 is None) == (r2 is None) and (r1 is None or r1.weight == r2.weight)
+        if not alike or part.real_args or part.fake_args or self.method not in ("auto", "fused"):
+            return None
+        return joining.situation(self.critic, part.real, part.fake, self.score_fn, r1 is not None)
+
+    def _apart(self, part, forms):
+        share = part.share
+        if self.loss.separable:
             # one batch is finished, and its memory free, before the next is forwarded
             for name, term in (("real", self.loss.real_term), ("fake", self.loss.fake_term)):
                 forward = self.forward(getattr(part, name), getattr(part, name + "_args"), _form(forms, name) is not None)
@@ -187,12 +211,8 @@ class _Step:
             self.adversarial = self.adversarial + value
             for name, cotangents in zip(("real", "fake"), pair, strict=False):
                 self._branch(name, forwards.pop(name), cotangents, forms, share)
-        if forms["gp"] is not None:
-            inputs = interpolate(part.real, part.fake, alpha=part.alpha, generator=generator, pac=pac)
-            forward = self.forward(inputs, part.interpolate_args, True)
-            self._penalised("gp", forward, None, forms["gp"], share)
 
-    def _joint(self, part, forms):
+    def _joint(self, part, forms, forward=None):
         b = part.real.shape[0]
         args = tuple(
             torch.cat([r, f]) if isinstance(r, torch.Tensor) and r.dim() else r
@@ -204,7 +224,7 @@ class _Step:
             raise ValueError("joint=True runs real and fake as one batch: r1 and r2 must be equal")
         if part.real.shape[0] != part.fake.shape[0]:
             raise ValueError("joint=True needs equally many reals and fakes")
-        forward = self.forward(both, args, r1 is not None)
+        forward = self.forward(both, args, r1 is not None) if forward is None else forward
         scores = forward.detached()
         value, pair = _derivatives(self.loss, [[s[:b] for s in scores], [s[b:] for s in scores]], part.share)
         self.adversarial = self.adversarial + value
@@ -215,7 +235,7 @@ class _Step:
             self._add(engine.plain(forward, cotangents, self.scale))
             return
         # a mean over 2 B samples at twice the weight: the sum of both means
-        norms = self._penalised("joint", forward, cotangents, r1.with_weight(2 * r1.weight), part.share)
+        norms = self._penalised("r1+r2", forward, cotangents, r1.with_weight(2 * r1.weight), part.share)
         half = norms.shape[0] // 2
         self.norms.setdefault("r1", []).append(norms[:half])
         self.norms.setdefault("r2", []).append(norms[half:])
@@ -233,7 +253,7 @@ class _Step:
         form = form.with_weight(form.weight * share)
         found = engine.penalised(forward, cotangents, form, weights, self.method, self.scale, self.force)
         self.penalty = self.penalty + found.penalty
-        if key != "joint":
+        if key != "r1+r2":
             self.norms.setdefault(key, []).append(found.norms)
         self.used[key] = (found.method, found.why)
         self._add(found)
