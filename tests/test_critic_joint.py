@@ -167,7 +167,7 @@ def test_an_attribute_that_makes_samples_interact_is_noticed(mode):
     assert sizes_of_steps(linear(Switched)().double(), *batches(6), steps=6, after=switch, **mode) == {4}
 
 
-def test_unequal_weights_and_large_penalised_batches_are_run_apart(monkeypatch):
+def test_unequal_weights_and_large_batches_are_run_apart(monkeypatch):
     critic = linear(nn.Identity)().double()
     assert sizes_of_steps(critic, *batches(6), r1=1.0, r2=2.0, loss="hinge") == {4}
     monkeypatch.setattr(fastgan.critic.joint, "LARGEST", 10)

@@ -16,7 +16,7 @@ from flops import flops
 
 import fastgan
 from fastgan import losses
-from fastgan.critic import engine
+from fastgan.critic import engine, passes
 from fastgan.critic.forward import Forward
 
 torch.set_num_threads(1)
@@ -707,3 +707,31 @@ def test_gradient_of_images_through_the_first_layer(first):
     for size in (9, 12, 13):
         real, fake = torch.randn(2, 4, 3, size, size, dtype=torch.float64)
         check(lambda: nn.Sequential(first(), nn.LeakyReLU(0.2), critics.LazyHead()), real, fake, r1=1.0, r2=2.0, method="fused")
+
+
+@pytest.mark.parametrize(
+    "case", [{"r1": 1.0, "r2": 2.0, "loss": "relativistic"}, {"r1": 1.0, "loss": "wasserstein"}], ids=["own", "one"]
+)
+@pytest.mark.parametrize(
+    "activation", [nn.LeakyReLU(0.2), nn.LeakyReLU(0.1, inplace=True), nn.ReLU(), nn.LeakyReLU(-0.3)], ids=str
+)
+def test_tangents_combined_by_the_operator(monkeypatch, activation, case):
+    """As on GPUs: the activation's tangent and the weight gradient's operand from one kernel, also where two layers read it."""
+    monkeypatch.setattr(passes, "COMBINE_ON", ("cpu", "cuda"))
+    ran = []
+    forward = passes.tangent_combine.forward
+    monkeypatch.setattr(passes.tangent_combine, "forward", lambda *values: ran.append(values) or forward(*values))
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Conv2d(i, 6, 3, padding=1) for i in (3, 6, 6, 6))
+            self.out = nn.Linear(6, 1)
+
+        def forward(self, x):
+            h = activation(self.b(activation(self.a(x))))
+            return self.out((self.c(h) + self.d(h)).mean((2, 3)))
+
+    real, fake = torch.randn(2, 4, 3, 8, 8, dtype=torch.float64)
+    check(Branches, real, fake, method="fused", **case)
+    assert bool(ran) == (getattr(activation, "negative_slope", 0) >= 0)

@@ -108,6 +108,7 @@ class Instruction:
     p_slots: tuple  # positions that depend on parameters only
     tapped: bool = False
     tap: int = -1
+    feeds: object = None  # the product with a parameter that alone reads this activation
     gives_back: tuple | None = None  # saved activations large enough to be worth freeing early; None: not known yet
 
 
@@ -189,6 +190,13 @@ def analyse(graph, outputs, x_node):
             plan.taps.append(ins)
         plan.instructions.append(ins)
     plan.kinks, plan.opaque = tuple(dict.fromkeys(kinks)), tuple(dict.fromkeys(opaque))
+    by_position = {ins.position: ins for ins in plan.instructions}
+    for ins in plan.instructions:
+        source = ins.sources[0]
+        if ins.tapped and len(ins.sources) == 1 and plan.uses[source] == 1 and ins.rule.has_product(ins):
+            activation = by_position.get(source[0])
+            if activation is not None and activation.rule.slope(graph.nodes[source[0]]) is not None:
+                activation.feeds = ins
     readers = [ins for ins in plan.instructions if (plan.x_position, 0) in ins.sources]
     if len(readers) == 1 and readers[0].tapped and readers[0].op == "Convolution":
         reader = readers[0]

@@ -2,8 +2,8 @@
 
 Three steps lead there. A step that runs them apart is *watched*: nothing of the critic (buffers, attributes), nor any random
 state, may move. Then the joint batch is *proved* once: rows independent to the last bit at every parameter, which the probe of
-the shared pass finds out, and scores as when run apart. From then on steps join, as long as the critic leaves the graph that was
-proved; where it leaves another one, or moves something after all, that is undone and the step runs apart.
+the shared pass finds out, and scores as when run apart. From then on steps join, as long as the critic leaves the graph that
+was proved; where it leaves another one, or moves something after all, that is undone and the step runs apart.
 """
 
 import math
@@ -24,8 +24,8 @@ from .passes import SharedPass
 _KNOWN = weakref.WeakKeyDictionary()  # critic -> {situation: _WATCHED, _APART or the proved plan or signature}
 _WATCHED, _APART = object(), object()
 _SITUATIONS = 32
-# Elements of the largest activation of a joint batch up to which penalised batches were measured to gain: beyond it what the
-# shared pass holds of two batches leaves the caches.
+# Elements of the largest activation up to which batches are joined. A joint batch takes the memory of two, and beyond this,
+# where that would begin to matter, penalised ones were measured to lose: what the shared pass holds leaves the caches.
 LARGEST = 1 << 21
 
 
@@ -130,7 +130,7 @@ def _prove(critic, real, fake, score_fn, penalised):
         graph, plan = engine.plan_for(forward)
         if plan.refusal is not None or plan.value_dependent or not plan.taps:
             return None
-        if penalised and _largest(graph, plan) > LARGEST:
+        if _largest(graph, plan) > LARGEST:
             return None
         SharedPass(forward, graph, plan, [1.0] * len(forward.scores)).prove_layouts()
         with torch.no_grad():

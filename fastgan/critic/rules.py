@@ -126,6 +126,10 @@ class Rule:
     def weight_gradients(self, node, ins, d, u):
         return {}
 
+    def slope(self, node):
+        """Of an operation that is 1 or this, by the sign of its output: that slope. None for all others."""
+        return None
+
     def bias_gradients(self, node, ins, d, factor):
         return scaled_backward(node, ins.p_slots, d * factor)
 
@@ -177,6 +181,9 @@ class LeakyRelu(Rule):
     saves = ("self", "result")  # the in-place form keeps its result
     masked_by_output = "self"
 
+    def slope(self, node):
+        return node._saved_negative_slope if node._saved_negative_slope >= 0 else None
+
     def tangent(self, node, ins, tangents, reuse):
         (t,) = tangents
         mask = node._saved_self if hasattr(node, "_raw_saved_self") else node._saved_result
@@ -189,6 +196,9 @@ class LeakyRelu(Rule):
 class Relu(Rule):
     fresh = True
     saves = ("result",)
+
+    def slope(self, node):
+        return 0.0
 
     def tangent(self, node, ins, tangents, reuse):
         (t,) = tangents
