@@ -23,8 +23,8 @@ CHECK_TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3, torch.bfloat16: 0.2
 
 
 WORTH_FREEING = 1 << 14  # elements
-# Devices where one kernel makes an activation's tangent and the weight gradient's operand: 16 bytes an element in one launch for
-# 24 in two, at one activation's memory more. On CPUs, where both are made in place, that was measured to gain nothing.
+# Devices where one kernel makes an activation's tangent and the weight gradient's operand: 16 bytes an element in one launch,
+# not 24 in two, at one activation's memory more. On CPUs, where both are made in place, that was measured to gain nothing.
 COMBINE_ON = ("cuda",)
 
 
