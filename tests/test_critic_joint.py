@@ -12,30 +12,38 @@ import torch.nn as nn
 
 import fastgan
 from fastgan import losses
+from fastgan.critic import joint
 
 MODES = [{"r1": 1.0, "r2": 1.0, "loss": "relativistic"}, {"gradient_penalty": 10.0, "loss": "wasserstein"}, {"loss": "hinge"}]
 STEPS = 4  # apart and watched, proved, joined, joined
 
 
+SIZES = set()
+
+
 class Seen(nn.Module):
     """Notes, outside of the module, how large the batches are that arrive."""
 
-    def __init__(self, critic, sizes):
+    def __init__(self, critic):
         super().__init__()
-        self.critic, self.note = critic, sizes.add
+        self.critic = critic
 
     def forward(self, x):
-        self.note(len(x))
+        SIZES.add(len(x))
         return self.critic(x)
+
+
+def module(function):
+    """A module that looks like one with a forward of its own: unlike a module that holds a function it may be joined."""
+    return type("Module", (nn.Module,), {"function": staticmethod(function), "forward": lambda self, x: self.function(x)})
 
 
 def sizes_of_steps(critic, real, fake, steps=STEPS, after=lambda k, critics: None, **mode):
     """Runs our steps and the textbook's side by side on fresh batches; the sizes of the batches of our last step."""
-    ours, eager, sizes = critic, copy.deepcopy(critic), set()
-    seen = Seen(ours, sizes)
+    ours, eager, seen = critic, copy.deepcopy(critic), Seen(critic)
     loss, weights = losses.get(mode["loss"]), [mode.get(name, 0.0) for name in ("gradient_penalty", "r1", "r2")]
     for k in range(steps):
-        sizes.clear()
+        SIZES.clear()
         r, f = real.roll(k, 0) + 0.1 * k, fake * (1 + k)
         alpha = torch.rand(len(r), *[1] * (r.dim() - 1), dtype=r.dtype)
         states = []
@@ -56,7 +64,7 @@ def sizes_of_steps(critic, real, fake, steps=STEPS, after=lambda k, critics: Non
         for (name, a), b in zip(ours.named_buffers(), eager.buffers(), strict=True):
             assert torch.equal(a, b), name
         after(k, (ours, eager))
-    return sizes
+    return set(SIZES)
 
 
 def batches(*shape, b=4):
@@ -111,18 +119,38 @@ TRAPS = {
     "spectral norm": lambda: nn.Sequential(
         nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5)), nn.ReLU(), nn.Linear(5, 1)
     ),
-    "detached statistics": linear(lambda: critics.Lambda(lambda x: x / x.detach().std())),
-    "size of the batch": linear(lambda: critics.Lambda(lambda x: x / len(x))),
-    "place in the batch": linear(lambda: critics.Lambda(lambda x: x * torch.arange(len(x), dtype=x.dtype)[:, None])),
-    "neighbours": linear(lambda: critics.Lambda(lambda x: x + 0.1 * x.roll(1, 0))),
-    "faint mean": linear(lambda: critics.Lambda(lambda x: x + 1e-4 * x.mean(0))),
-    "fixed batch": linear(lambda: critics.Lambda(lambda x: x.view(4, 5) * 2)),
+    "detached statistics": linear(module(lambda x: x / x.detach().std())),
+    "size of the batch": linear(module(lambda x: x / len(x))),
+    "place in the batch": linear(module(lambda x: x * torch.arange(len(x), dtype=x.dtype)[:, None])),
+    "neighbours": linear(module(lambda x: x + 0.1 * x.roll(1, 0))),
+    "faint mean": linear(module(lambda x: x + 1e-4 * x.mean(0))),
+    "fixed batch": linear(module(lambda x: x.view(4, 5) * 2)),
     "counter": linear(Counting),
     "log": linear(Logging),
-    "python's random": linear(lambda: critics.Lambda(lambda x: x * random.random())),
-    "numpy's random": linear(lambda: critics.Lambda(lambda x: x * float(np.random.rand()))),
-    "sorting": linear(lambda: critics.Lambda(lambda x: x + x[x[:, 0].argsort()])),
+    "python's random": linear(module(lambda x: x * random.random())),
+    "numpy's random": linear(module(lambda x: x * float(np.random.rand()))),
+    "sorting": linear(module(lambda x: x + x[x[:, 0].argsort()])),
 }
+
+
+class OwnGenerator(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.random = random.Random(0)
+
+    def forward(self, x):
+        return x * self.random.choice([1, 1, 1, 2])
+
+
+def test_generators_and_functions_that_a_module_holds_are_never_drawn_from_in_vain():
+    for middle in (OwnGenerator, lambda: critics.Lambda(lambda x: x)):
+        critic = linear(middle)().double()
+        assert sizes_of_steps(critic, *batches(6), steps=6, **MODES[2]) == {4}
+    assert joint.hides_state(OwnGenerator()) and not joint.hides_state(nn.Conv2d(3, 3, 3))
+
+
+def test_a_module_of_plain_data_is_joined():
+    assert sizes_of_steps(linear(module(lambda x: x * 2))().double(), *batches(6), **MODES[2]) == {8}
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda m: m["loss"])
@@ -170,7 +198,7 @@ def test_an_attribute_that_makes_samples_interact_is_noticed(mode):
 def test_unequal_weights_and_large_batches_are_run_apart(monkeypatch):
     critic = linear(nn.Identity)().double()
     assert sizes_of_steps(critic, *batches(6), r1=1.0, r2=2.0, loss="hinge") == {4}
-    monkeypatch.setattr(fastgan.critic.joint, "LARGEST", 10)
+    monkeypatch.setattr(joint, "LARGEST", 10)
     assert sizes_of_steps(critic, *batches(6), **MODES[0]) == {4}
 
 

@@ -1,9 +1,10 @@
 """May real and fake go through the critic as one batch? Larger products are faster, but only where nothing else changes.
 
-Three steps lead there. A step that runs them apart is *watched*: nothing of the critic (buffers, attributes), nor any random
-state, may move. Then the joint batch is *proved* once: rows independent to the last bit at every parameter, which the probe of
-the shared pass finds out, and scores as when run apart. From then on steps join, as long as the critic leaves the graph that
-was proved; where it leaves another one, or moves something after all, that is undone and the step runs apart.
+Modules that hold anything but tensors, modules and plain data (functions, generators) are never joined: what they do can't be
+seen. For the others three steps lead there. A step that runs them apart is *watched*: nothing of the critic (buffers,
+attributes), nor any random state, may move. Then the joint batch is *proved* once: rows independent to the last bit at every
+parameter, which the probe of the shared pass finds out, and scores as when run apart. From then on steps join, as long as the
+critic leaves the graph that was proved; where it leaves another, or moves something, that is undone and the step runs apart.
 """
 
 import math
@@ -29,6 +30,38 @@ _SITUATIONS = 32
 LARGEST = 1 << 21
 
 
+_OWN = frozenset(vars(torch.nn.Module()))
+_DATA = (
+    torch.Tensor,
+    torch.nn.Module,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.memory_format,
+)
+
+
+def _is_data(value):
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_is_data, value))
+    if isinstance(value, dict):
+        return all(map(_is_data, value.values()))
+    known = isinstance(value, type) or (callable(value) and str(getattr(value, "__module__", "")).startswith("torch"))
+    return isinstance(value, _DATA) or known
+
+
+def hides_state(module):
+    """Could a forward of this module draw from or write to something that nobody sees: generators, closures, other objects?"""
+    code = getattr(type(module), "forward", None)
+    closed_over = [name for name in getattr(getattr(code, "__code__", None), "co_freevars", ()) if name != "__class__"]
+    return bool(closed_over) or not all(_is_data(value) for name, value in vars(module).items() if name not in _OWN)
+
+
 def situation(critic, real, fake, score_fn, penalised):
     """What a proof is keyed on besides the graph; None where real and fake can't be joined for a reason seen from outside."""
     plain = isinstance(critic, torch.nn.Module) and not isinstance(critic, torch.nn.parallel.DistributedDataParallel)
@@ -43,6 +76,8 @@ def situation(critic, real, fake, score_fn, penalised):
     modules = list(critic.modules())
     if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
         return None  # they would see one batch instead of two
+    if any(map(hides_state, modules)):
+        return None
     autocast = torch.is_autocast_enabled(real.device.type) and torch.get_autocast_dtype(real.device.type)
     return tuple(real.shape), real.dtype, real.device, autocast, penalised, score_fn, tuple(m.training for m in modules)
 
