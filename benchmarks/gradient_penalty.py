@@ -90,9 +90,9 @@ def _combine_case(shape) -> Case:
         }
 
     return Case(
-        "tangent_combine",
+        "gradient_penalty",
         "x".join(map(str, shape)),
-        "forward",
+        "tangent_combine",
         candidates,
         lambda: tangent_combine.forward_reference(*(x.double() for x in start()), 0.2),
     )
