@@ -15,6 +15,8 @@
 #include <memory>
 #include <new>
 #include <numeric>
+#include <string>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -34,7 +36,8 @@ namespace {
 
 constexpr int64_t kStripe = 1 << 15;      // elements that are worth a task
 constexpr int64_t kMaxStripes = 16;       // per weight: each has its own sums
-constexpr int64_t kTogether = 1 << 17;    // elements of weights worked on at once: they stay in cache until the second look
+constexpr int64_t kThreadsFrom = 1 << 16;  // elements below which one thread is faster
+constexpr int64_t kTogether = 1 << 22;    // elements of weights that share a parallel region and have scratch space at once
 constexpr int64_t kPastCaches = 1 << 21;  // elements above which results are written past the caches
 
 struct Scale {
@@ -134,18 +137,68 @@ template <class T> T* scratch(int64_t count) {
 
 int64_t round_up(int64_t count) { return (count + 15) / 16 * 16; }
 
-// Tasks of unequal length, each taken by whichever thread is free.
-template <class F> void for_each_task(int64_t count, int64_t work, const F& task) {
-  const int64_t threads = work < kStripe * 2 ? 1 : std::min<int64_t>(count, torch::stable::get_num_threads());
-  if (threads <= 1) {
-    for (int64_t i = 0; i < count; ++i) task(i);
-    return;
+// Layers go through phases, and a phase has parts that any thread may do. finish(phase) runs once they all are done, before
+// any part of the layer's next phase.
+class Progress {
+ public:
+  void start(int64_t parts) { left_.store(parts, std::memory_order_relaxed), finished_.store(0, std::memory_order_relaxed); }
+
+  void wait_for(int64_t phase) const {
+    for (int spins = 0; finished_.load(std::memory_order_acquire) < phase; ++spins)
+      if (spins > 1000) std::this_thread::yield();
   }
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (; begin < end; ++begin)
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
-  });
+
+  bool last_part() { return left_.fetch_sub(1, std::memory_order_acq_rel) == 1; }
+
+  void finished(int64_t phase, int64_t parts_of_next) {
+    left_.store(parts_of_next, std::memory_order_relaxed);
+    finished_.store(phase + 1, std::memory_order_release);
+  }
+
+ private:
+  std::atomic<int64_t> left_{0}, finished_{0};
+};
+
+template <class Layer> struct Task {
+  Layer* layer;
+  Progress* progress;
+  int64_t phase, part;
+};
+
+// Takes layers first to last through their phases in one parallel region, whose start costs as much as a small layer: one
+// layer's second phase is done between the first of others. Tasks are taken in the order of the list, and each waits for
+// earlier ones only, which have been taken: so nothing hangs, however few threads come.
+template <class Layer> void run_phases(std::vector<Layer>& layers, size_t first, size_t last, int64_t work) {
+  const int64_t phases = layers[first].phases(), count = last - first;
+  std::vector<Progress> progress(count);
+  std::vector<Task<Layer>> tasks;
+  for (int64_t i = 0; i < count; ++i) progress[i].start(layers[first + i].parts(0));
+  for (int64_t slot = 0; slot < count + phases - 1; ++slot)
+    for (int64_t phase = 0; phase < phases; ++phase) {
+      const int64_t i = slot - phase;
+      if (i < 0 || i >= count) continue;
+      Layer& layer = layers[first + i];
+      const int64_t parts = layer.parts(phase);
+      // Every other phase from the end: that is what the caches still hold.
+      for (int64_t part = 0; part < parts; ++part) tasks.push_back({&layer, &progress[i], phase, phase % 2 ? parts - 1 - part : part});
+    }
+  std::atomic<size_t> next{0};
+  const auto work_off = [&](int64_t, int64_t) {
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks.size();) {
+      const auto& [layer, progress, phase, part] = tasks[i];
+      progress->wait_for(phase);
+      layer->run(phase, part);
+      if (progress->last_part()) {
+        layer->finish(phase);
+        progress->finished(phase, phase + 1 < phases ? layer->parts(phase + 1) : 0);
+      }
+    }
+  };
+  const int64_t threads = work < kThreadsFrom ? 1 : std::min<int64_t>(tasks.size(), torch::stable::get_num_threads());
+  if (threads <= 1)
+    work_off(0, 1);
+  else
+    torch::stable::parallel_for(0, threads, 1, work_off);
 }
 
 template <class S> struct Forward {
@@ -193,7 +246,15 @@ template <class S> struct Forward {
   int64_t tiles_across() const { return (m.B + tile_width() - 1) / tile_width(); }
   const S* data() const { return static_cast<const S*>(m.weight.const_data_ptr()); }
 
-  void run_stripe(int64_t stripe) { rows_first ? run_rows(stripe) : run_tiles(stripe); }
+  // A power iteration each (or, without any, sigma's product), then the result.
+  int64_t phases() const { return steps() + 1; }
+  int64_t steps() const { return std::max<int64_t>(1, iteration.count); }
+  int64_t parts(int64_t phase) const { return phase < steps() ? stripes : chunks(); }
+  void run(int64_t phase, int64_t part) { phase == steps() ? write(part) : rows_first ? run_rows(part) : run_tiles(part); }
+  void finish(int64_t phase) {
+    if (phase < steps()) advance();
+    if (phase == steps() - 1) write_vectors();
+  }
 
   void run_rows(int64_t stripe) {
     const auto rows = FASTGAN_FOR_ISA(rows<T>);
@@ -242,7 +303,7 @@ template <class S> struct Forward {
   }
 
   // After all stripes: new p and q, and sigma.
-  void finish() {
+  void advance() {
     const auto squares = FASTGAN_FOR_ISA(squares<T>);
     const int64_t columns = m.columns();
     T *rows = row_sums, *sums = column_sums;  // W q and W^T W q; or, columns first, W W^T p and W^T p
@@ -306,8 +367,8 @@ template <class S> struct Backward {
   const T *u, *v;
   T sigma;
   Scale scale;
-  T *p, *q;
-  double* dots;
+  T *p = nullptr, *q = nullptr;
+  double *dots = nullptr, inner = 0;
 
   int64_t rows_per_chunk() const { return std::max<int64_t>(1, kStripe / std::max<int64_t>(1, m.B)); }
   int64_t chunks() const { return m.numel() == 0 ? 0 : (m.A * m.R + rows_per_chunk() - 1) / rows_per_chunk(); }
@@ -322,6 +383,13 @@ template <class S> struct Backward {
 
   const S* data(const Tensor& tensor) const { return static_cast<const S*>(tensor.const_data_ptr()); }
 
+  int64_t phases() const { return 2; }
+  int64_t parts(int64_t) const { return chunks(); }
+  void run(int64_t phase, int64_t part) { phase == 0 ? multiply(part) : write(part); }
+  void finish(int64_t phase) {
+    if (phase == 0) inner = std::accumulate(dots, dots + chunks(), 0.0);
+  }
+
   void multiply(int64_t chunk) {
     const int64_t begin = chunk * rows_per_chunk() * m.B, end = std::min(m.numel(), begin + rows_per_chunk() * m.B);
     dots[chunk] = FASTGAN_FOR_ISA(dot<S, T>)(data(grad) + begin, data(m.weight) + begin, end - begin);
@@ -329,7 +397,6 @@ template <class S> struct Backward {
 
   void write(int64_t chunk) {
     const auto run = FASTGAN_FOR_ISA(combine<S, T>);
-    const double inner = std::accumulate(dots, dots + chunks(), 0.0);
     const T s = T(scale.value(sigma)), k = T(scale.slope(sigma) * inner);
     const int64_t end = std::min(m.A * m.R, (chunk + 1) * rows_per_chunk());
     for (int64_t row = chunk * rows_per_chunk(); row < end; ++row)
@@ -339,53 +406,15 @@ template <class S> struct Backward {
   }
 };
 
-// Calls step(first, last) for runs of layers that are small enough together.
-template <class Layer, class F> void in_batches(std::vector<Layer>& layers, const F& step) {
+template <class Layer> void run(std::vector<Layer>& layers) {
   for (size_t first = 0, last; first < layers.size(); first = last) {
-    int64_t total = 0;
-    for (last = first; last < layers.size() && (last == first || total + layers[last].m.numel() <= kTogether); ++last)
-      total += layers[last].m.numel();
-    step(first, last, total);
+    int64_t work = 0, room = 0;
+    for (last = first; last < layers.size() && (last == first || work + layers[last].m.numel() <= kTogether); ++last)
+      work += layers[last].m.numel(), room += layers[last].room();
+    auto* memory = scratch<typename Layer::T>(room);
+    for (size_t i = first; i < last; memory += layers[i++].room()) layers[i].begin(memory);
+    run_phases(layers, first, last, work);
   }
-}
-
-// Tasks (layer, part) of a batch.
-template <class Layer, class F> std::vector<std::pair<Layer*, int64_t>> parts_of(std::vector<Layer>& layers, size_t first, size_t last, const F& count) {
-  std::vector<std::pair<Layer*, int64_t>> parts;
-  for (size_t i = first; i < last; ++i)
-    for (int64_t part = 0; part < count(layers[i]); ++part) parts.emplace_back(&layers[i], part);
-  return parts;
-}
-
-template <class Layer> void begin_all(std::vector<Layer>& layers, size_t first, size_t last) {
-  int64_t room = 0;
-  for (size_t i = first; i < last; ++i) room += layers[i].room();
-  auto* memory = scratch<typename Layer::T>(room);
-  for (size_t i = first; i < last; memory += layers[i++].room()) layers[i].begin(memory);
-}
-
-template <class S> void run(std::vector<Forward<S>>& layers) {
-  in_batches(layers, [&](size_t first, size_t last, int64_t work) {
-    begin_all(layers, first, last);
-    const auto stripes = parts_of(layers, first, last, [](auto& layer) { return layer.stripes; });
-    for (int64_t step = 0; step < std::max<int64_t>(1, layers[first].iteration.count); ++step) {
-      for_each_task(stripes.size(), work, [&](int64_t i) { stripes[i].first->run_stripe(stripes[i].second); });
-      for_each_task(last - first, work, [&](int64_t i) { layers[first + i].finish(); });
-    }
-    for (size_t i = first; i < last; ++i) layers[i].write_vectors();
-    const auto chunks = parts_of(layers, first, last, [](auto& layer) { return layer.chunks(); });
-    // From the end: that is what the caches still hold.
-    for_each_task(chunks.size(), work, [&](int64_t i) { const auto& [layer, part] = chunks[chunks.size() - 1 - i]; layer->write(part); });
-  });
-}
-
-template <class S> void run(std::vector<Backward<S>>& layers) {
-  in_batches(layers, [&](size_t first, size_t last, int64_t work) {
-    begin_all(layers, first, last);
-    const auto chunks = parts_of(layers, first, last, [](auto& layer) { return layer.chunks(); });
-    for_each_task(chunks.size(), work, [&](int64_t i) { chunks[i].first->multiply(chunks[i].second); });
-    for_each_task(chunks.size(), work, [&](int64_t i) { const auto& [layer, part] = chunks[chunks.size() - 1 - i]; layer->write(part); });
-  });
 }
 
 // The dispatcher's side.
@@ -397,7 +426,20 @@ Tensor checked_vector(const char* op, const char* name, const Tensor& x, const T
   const ScalarType dtype = accumulate_dtype(weight.scalar_type());
   STD_TORCH_CHECK(x.scalar_type() == dtype && x.is_cpu(), "fastgan::", op, ": ", name, " is ", torch::headeronly::toString(x.scalar_type()),
                   ", expected a tensor of ", torch::headeronly::toString(dtype), " on the CPU");
-  return torch::stable::contiguous(x);
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+// A new tensor of x's dtype. The headers' functions look ATen's operators up by name, which takes longer than a small weight.
+Tensor new_empty(const Tensor& x, int64_t dims, const int64_t* sizes, const int64_t* strides) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+Tensor new_like(const Tensor& x) {
+  return x.is_contiguous() ? new_empty(x, x.dim(), x.sizes().data(), x.strides().data()) : torch::stable::empty_like(x);
 }
 
 void check_weight(const char* op, const Tensor& weight, int64_t dim) {
@@ -425,9 +467,9 @@ std::tuple<Tensors, Tensors, Tensors> run_forward(const char* op, const Tensors&
     check_weight(op, weights[i], dims[i]);
     u.push_back(checked_vector(op, "u", us[i], weights[i], row_count(weights[i], dims[i])));
     v.push_back(checked_vector(op, "v", vs[i], weights[i], column_count(weights[i], dims[i])));
-    results.push_back(torch::stable::empty_like(weights[i]));
-    new_us.push_back(torch::stable::empty_like(u[i]));
-    new_vs.push_back(torch::stable::empty_like(v[i]));
+    results.push_back(new_like(weights[i]));
+    new_us.push_back(new_like(u[i]));
+    new_vs.push_back(new_like(v[i]));
   }
   for (ScalarType dtype : kDtypes)
     for_dtype(dtype, [&](auto type) {
@@ -456,9 +498,9 @@ Tensors run_backward(const char* op, const Tensors& grads, const Tensors& weight
     v.push_back(checked_vector(op, "v", vs[i], weights[i], column_count(weights[i], dims[i])));
     STD_TORCH_CHECK(sigma.scalar_type() == accumulate_dtype(weights[i].scalar_type()) && sigma.numel() == int64_t(weights.size()),
                     "fastgan::", op, ": sigma has to be of u's dtype and hold a number per weight");
-    results.push_back(torch::stable::empty_like(weights[i]));
+    results.push_back(new_like(weights[i]));
   }
-  const Tensor sigmas = torch::stable::contiguous(sigma);
+  const Tensor sigmas = sigma.is_contiguous() ? sigma : torch::stable::contiguous(sigma);
   for (ScalarType dtype : kDtypes)
     for_dtype(dtype, [&](auto type) {
       using S = decltype(type);
@@ -475,11 +517,9 @@ Tensors run_backward(const char* op, const Tensors& grads, const Tensors& weight
   return results;
 }
 
-Tensor new_sigma(const Tensor& u, std::vector<int64_t> sizes) { return torch::stable::new_empty(u, sizes); }
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& weight, const Tensor& u, const Tensor& v, int64_t dim, int64_t count, double eps,
                                                    bool v_first, double target, bool at_most) {
-  Tensor sigma = new_sigma(u, {});
+  Tensor sigma = new_empty(u, 0, nullptr, nullptr);
   auto [results, us, vs] = run_forward("spectral_norm", {weight}, {u}, {v}, {dim}, sigma.mutable_data_ptr(), {count, eps, v_first}, {target, at_most});
   return {results[0], us[0], vs[0], sigma};
 }
@@ -500,7 +540,8 @@ std::tuple<Tensors, Tensors, Tensors, Tensor> multi(Tensors weights, Tensors u, 
   check_lists(op, weights.size(), {u.size(), v.size(), dims.size()});
   for (const Tensor& x : u)
     STD_TORCH_CHECK(x.scalar_type() == u[0].scalar_type(), "fastgan::", op, ": weights of 64 bits and of fewer have to be normalised by two calls");
-  Tensor sigma = new_sigma(u[0], {int64_t(weights.size())});
+  const int64_t length = weights.size(), stride = 1;
+  Tensor sigma = new_empty(u[0], 1, &length, &stride);
   auto [results, us, vs] = run_forward(op, weights, u, v, dims, sigma.mutable_data_ptr(), {count, eps, v_first}, {target, at_most});
   return {results, us, vs, sigma};
 }

@@ -49,16 +49,16 @@ class Groupable:
     """A form of normalisation that a :class:`fastgan.SpectralNormGroup` may have done the work for."""
 
     _group = None
-    _ready: tuple | None = None  # the normalised weight, and u and v where they advance
 
     def take(self, u: Tensor, v: Tensor) -> Tensor | None:
         """What the group has for one read of the weight, advancing u and v; None where there is nothing."""
-        if self._ready is None:
+        ready = self._group.ready.pop(self, None) if self._group is not None else None
+        if ready is None:
             return None
-        normalised, advanced = self._ready
-        self._ready = None
-        for buffer, value in zip((u, v), advanced, strict=False):
-            buffer.copy_(value)
+        normalised, new_u, new_v = ready
+        if new_u is not None:
+            u.copy_(new_u)
+            v.copy_(new_v)
         return normalised
 
     def iterations(self, training: bool) -> int:
@@ -85,7 +85,7 @@ def normalise(
             f"spectral_norm: u {tuple(u.shape)} and v {tuple(v.shape)} don't fit a weight {tuple(weight.shape)}, dim {dim}: "
             f"the weight was replaced by one of another shape: remove spectral_norm before that and apply it again after"
         )
-    normalised, new_u, new_v, _ = _ops.forward(weight, u, v, dim, n_power_iterations, eps, v_first, target, at_most)
+    normalised, new_u, new_v = _ops.normalise_one(weight, u, v, dim, n_power_iterations, eps, v_first, target, at_most)
     if n_power_iterations:
         given[0].copy_(new_u)
         given[1].copy_(new_v)

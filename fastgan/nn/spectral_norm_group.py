@@ -17,22 +17,22 @@ class _Member:
     """One normalised weight: where it, its u and its v are, and how it is normalised."""
 
     def __init__(self, module: nn.Module, name: str, form):
-        self.module, self.name, self.form = module, name, form
-        self.hook = isinstance(form, SpectralNorm)
+        self.form, self.hook = form, isinstance(form, SpectralNorm)
+        if self.hook:
+            self._places = [(module, name + suffix) for suffix in ("_orig", "_u", "_v")]
+            self.training_of = module
+        else:
+            self._places = [(module.parametrizations[name], "original"), (form, "_u"), (form, "_v")]
+            self.training_of = form
 
     @property
     def weight(self) -> Tensor:
-        return getattr(self.module, self.name + "_orig") if self.hook else self.module.parametrizations[self.name].original
+        return getattr(*self._places[0])
 
-    @property
-    def vectors(self) -> tuple[Tensor, Tensor]:
-        if self.hook:
-            return getattr(self.module, self.name + "_u"), getattr(self.module, self.name + "_v")
-        return self.form._u, self.form._v
-
-    @property
-    def training(self) -> bool:
-        return self.module.training if self.hook else self.form.training
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight, u and v."""
+        weight, u, v = self._places
+        return getattr(*weight), getattr(*u), getattr(*v)
 
     @property
     def options(self) -> tuple:
@@ -92,6 +92,8 @@ class SpectralNormGroup:
             )
         self._per_step, self.frozen, self._stale = refresh == "per_step", False, True
         self._versions: list[tuple] = []
+        #: form -> (normalised weight, u, v), the last two None where they don't advance; until the layer reads it
+        self.ready: dict = {}
         for member in self._members:
             member.form._group = self
         self._handles = [
@@ -120,7 +122,8 @@ class SpectralNormGroup:
         for handle in self._handles:
             handle.remove()
         for member in self._members:
-            member.form._group = member.form._ready = None
+            member.form._group = None
+        self.ready.clear()
 
     def _has_changed(self) -> bool:
         if not self._per_step:
@@ -133,27 +136,26 @@ class SpectralNormGroup:
 
     def _before(self, model, inputs) -> None:
         iterate = not self.frozen and self._has_changed()
-        batches: dict[tuple, list[_Member]] = {}
+        batches: dict[tuple, tuple[list, ...]] = {}
         for member in self._members:
-            weight = member.weight
-            if hasattr(weight, "full_tensor"):
+            weight, u, v = member.tensors()
+            if type(weight) not in (Tensor, nn.Parameter) and hasattr(weight, "full_tensor"):
                 raise RuntimeError(
                     "SpectralNormGroup: a weight is sharded over ranks (DTensor), and no rank has all of its rows; "
                     "call group.remove() and normalise layer by layer, or leave these layers unsharded"
                 )
             iterations, *rest = member.options
-            steps = iterations if iterate and member.training else 0
-            batches.setdefault((steps, *rest, weight.device, weight.dtype), []).append(member)
-        for (steps, eps, v_first, target, at_most, _, dtype), members in batches.items():
-            u, v = ([member.vectors[i] for member in members] for i in range(2))
+            steps = iterations if iterate and member.training_of.training else 0
+            batch = batches.setdefault((steps, *rest, weight.device, weight.dtype), ([], [], [], [], []))
+            for values, value in zip(batch, (member.form, weight, u, v, member.form.dim), strict=True):
+                values.append(value)
+        for (*options, _, dtype), (forms, weights, u, v, dims) in batches.items():
             if dtype in (torch.float16, torch.bfloat16):
                 u, v = [x.float() for x in u], [x.float() for x in v]
-            weights, dims = [member.weight for member in members], [member.form.dim for member in members]
-            results = _ops.multi(weights, u, v, dims, steps, eps, v_first, target, at_most)
-            for member, normalised, new_u, new_v in zip(members, *results[:3], strict=True):
+            results = _ops.normalise_many(weights, u, v, dims, *options)
+            for form, normalised, new_u, new_v in zip(forms, *results, strict=True):
                 # A layer that this forward never reads doesn't advance, as without group: u and v wait for the read.
-                member.form._ready = normalised, (new_u, new_v) if steps else ()
+                self.ready[form] = (normalised, new_u, new_v) if options[0] else (normalised, None, None)
 
     def _after(self, model, inputs, output) -> None:
-        for member in self._members:
-            member.form._ready = None
+        self.ready.clear()

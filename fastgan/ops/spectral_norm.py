@@ -22,6 +22,7 @@ a list of weights in one call, sigma being one tensor of all.
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastgan._dtypes import accumulate_dtype
 from fastgan.ops._declare import declare
@@ -188,23 +189,28 @@ def _multi_saved(ctx):
     return vectors[:count], vectors[count : 2 * count], vectors[2 * count :], sigma
 
 
-def _multi_gradient(ctx, *grads_out):
-    weights, u, v, sigma = _multi_saved(ctx)
-    *grads, grad_sigma = grads_out[: len(weights)] + grads_out[-1:]
+def _multi_gradients(grads, grad_sigma, weights, u, v, sigma, dims, options) -> list[Tensor | None]:
+    """``_gradient`` for lists; any gradient may be None."""
     # A layer whose result went unused takes no part; what is left is one call again.
     used = [i for i, grad in enumerate(grads) if grad is not None]
     result: list[Tensor | None] = [None] * len(weights)
     if used:
         pick = lambda values: [values[i] for i in used]  # noqa: E731
         some = sigma if len(used) == len(weights) else sigma[used]
-        parts = multi_backward(pick(grads), pick(weights), pick(u), pick(v), some, pick(ctx.dims), *ctx.options)
+        parts = multi_backward(pick(grads), pick(weights), pick(u), pick(v), some, pick(dims), *options)
         for i, part in zip(used, parts, strict=True):
             result[i] = part
     if grad_sigma is not None:
         for i, weight in enumerate(weights):
-            part = (grad_sigma[i] * _outer(u[i], v[i], weight.shape, ctx.dims[i])).to(weight.dtype)
+            part = (grad_sigma[i] * _outer(u[i], v[i], weight.shape, dims[i])).to(weight.dtype)
             result[i] = part if result[i] is None else result[i] + part
-    return result, [None] * len(u), [None] * len(v), *(None,) * 6
+    return result
+
+
+def _multi_backward(ctx, *grads_out):
+    grads, grad_sigma = grads_out[: len(ctx.dims)], grads_out[-1]
+    of_weights = _multi_gradients(grads, grad_sigma, *_multi_saved(ctx), ctx.dims, ctx.options)
+    return of_weights, [None] * len(grads), [None] * len(grads), *(None,) * 6
 
 
 def _multi_jvp(ctx, tangents, *_):
@@ -254,7 +260,7 @@ multi = declare(
     reference=multi_reference,
     fake=_like_outputs_multi,
     setup_context=_multi_setup,
-    backward=_multi_gradient,
+    backward=_multi_backward,
     jvp=_multi_jvp,
 )
 multi_backward = declare(
@@ -265,3 +271,82 @@ multi_backward = declare(
     setup_context=_multi_backward_setup,
     backward=_multi_backward_backward,
 )
+
+
+def _plain_eager() -> bool:
+    """Nothing is active that has to see the operators themselves."""
+    return not (
+        forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state()
+    )
+
+
+# What layers call. autograd's time per tensor is what small layers take, so in plain eager mode it gets the normalised weights
+# alone: not u, v and sigma, which no layer differentiates.
+
+
+class _One(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, computed, dim, options, weight):
+        normalised, *constants = computed
+        ctx.save_for_backward(weight, *constants)
+        ctx.options = dim, *options
+        return normalised
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, u, v, sigma = ctx.saved_tensors
+        if torch.is_grad_enabled() or not _plain_eager():  # to be differentiated in turn: sigma depends on the weight
+            sigma = u @ (_matrix(weight, ctx.options[0]) @ v)
+            return None, None, None, backward(grad, weight, u, v, sigma, *ctx.options)
+        with torch._C._AutoDispatchBelowAutograd():
+            return None, None, None, backward(grad, weight, u, v, sigma, *ctx.options)
+
+
+class _Many(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, computed, dims, options, *weights):
+        normalised, u, v, sigma = computed
+        ctx.save_for_backward(*weights, *u, *v, sigma)
+        ctx.dims, ctx.options = dims, options
+        ctx.set_materialize_grads(False)
+        return tuple(normalised)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        weights, u, v, sigma = _multi_saved(ctx)
+        if torch.is_grad_enabled() or not _plain_eager():
+            each = [a @ (_matrix(w, dim) @ b) for w, a, b, dim in zip(weights, u, v, ctx.dims, strict=True)]
+            of_weights = _multi_gradients(grads, None, weights, u, v, torch.stack(each), ctx.dims, ctx.options)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                of_weights = _multi_gradients(grads, None, weights, u, v, sigma, ctx.dims, ctx.options)
+        return None, None, None, *of_weights
+
+
+# Function.apply minus its look for torch.func transforms
+_apply_one, _apply_many = (super(torch.autograd.Function, function).apply for function in (_One, _Many))
+
+
+def normalise_one(weight: Tensor, u: Tensor, v: Tensor, dim: int, *iteration) -> tuple[Tensor, Tensor, Tensor]:
+    """(normalised, u, v): ``forward`` without sigma."""
+    if not _plain_eager():
+        return forward(weight, u, v, dim, *iteration)[:3]
+    with torch._C._AutoDispatchBelowAutograd():
+        computed = forward(weight, u, v, dim, *iteration)
+    if weight.requires_grad and torch.is_grad_enabled():
+        return _apply_one(computed, dim, iteration[3:], weight), *computed[1:3]
+    return computed[:3]
+
+
+def normalise_many(weights: list[Tensor], u: list[Tensor], v: list[Tensor], dims: list[int], *iteration):
+    """(normalised, u, v), lists: ``multi`` without sigma."""
+    if not _plain_eager():
+        return multi(weights, u, v, dims, *iteration)[:3]
+    with torch._C._AutoDispatchBelowAutograd():
+        computed = multi(weights, u, v, dims, *iteration)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*weights):
+        return _apply_many(computed, dims, iteration[3:], *weights), *computed[1:3]
+    return computed[:3]

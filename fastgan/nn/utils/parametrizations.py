@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as module_state
 from torch.nn.utils import parametrize
 
 from fastgan.nn.spectral_norm import Groupable, check_options, check_weight, matrix_dim, normalise
@@ -30,20 +31,42 @@ class _SpectralNorm(Groupable, nn.Module):
             self.register_buffer("_u", F.normalize(u, dim=0, eps=eps))
             self.register_buffer("_v", F.normalize(v, dim=0, eps=eps))
             with torch.no_grad():
-                self._normalise(weight, _INITIAL_ITERATIONS)
-
-    def _normalise(self, weight: Tensor, iterations: int) -> Tensor:
-        return normalise(weight, self._u, self._v, self.dim, iterations, self.eps, False, self.target, self.at_most)
+                normalise(weight, self._u, self._v, self.dim, _INITIAL_ITERATIONS, eps, False)
 
     def forward(self, weight: Tensor) -> Tensor:
         if weight.dim() == 1:  # a vector is its own singular vector
             norm = torch.linalg.vector_norm(weight).clamp_min(self.eps) / self.target
             return weight / (norm.clamp_min(1.0) if self.at_most else norm)
-        ready = self.take(self._u, self._v)
-        return self._normalise(weight, self.iterations(self.training)) if ready is None else ready
+        u, v = self._u, self._v
+        ready = self.take(u, v)
+        if ready is not None:
+            return ready
+        iterations = self.iterations(self.training)
+        return normalise(weight, u, v, self.dim, iterations, self.eps, False, self.target, self.at_most)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         return value
+
+
+class _Chain(parametrize.ParametrizationList):
+    """What torch has of a parametrization and hooks around it, less the way through both where there is one and no hook."""
+
+    def __call__(self):
+        if len(self._modules) == 1 and not torch.compiler.is_compiling():
+            only = self._modules["0"]
+            if not (_has_hooks(self) or _has_hooks(only)):
+                return only.forward(self.original)
+        return super().__call__()
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or module_state._has_any_global_hook()
+    )
 
 
 def spectral_norm(
@@ -97,6 +120,9 @@ def spectral_norm(
     check_weight(module, name, weight)
     made = _SpectralNorm(weight, n_power_iterations, matrix_dim(module, dim), eps, target=target, at_most=at_most)
     parametrize.register_parametrization(module, name, made)
+    chain = module.parametrizations[name]
+    if len(chain) == 1:
+        chain.__class__ = _Chain
     if weight.dim() > 1:
         module.register_load_state_dict_pre_hook(AcceptAnyScheme(name, "parametrize", made.dim))
     return module
