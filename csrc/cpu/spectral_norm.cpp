@@ -9,6 +9,7 @@
 //
 // Weights are cut into stripes, whose number follows from the shape alone; stripes' sums are added in order. So results don't
 // depend on the number of threads.
+#include "blocks.h"
 #include "common.h"
 
 #include <algorithm>
@@ -429,19 +430,6 @@ Tensor checked_vector(const char* op, const char* name, const Tensor& x, const T
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
 
-// A new tensor of x's dtype. The headers' functions look ATen's operators up by name, which takes longer than a small weight.
-Tensor new_empty(const Tensor& x, int64_t dims, const int64_t* sizes, const int64_t* strides) {
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
-  return Tensor(made);
-}
-
-Tensor new_like(const Tensor& x) {
-  return x.is_contiguous() ? new_empty(x, x.dim(), x.sizes().data(), x.strides().data()) : torch::stable::empty_like(x);
-}
-
 void check_weight(const char* op, const Tensor& weight, int64_t dim) {
   check_float(op, "weight", weight);
   STD_TORCH_CHECK(-weight.dim() <= dim && dim < weight.dim(), "fastgan::", op, ": dim is ", dim, ", out of range for a weight of shape ", shape(weight));
@@ -519,7 +507,7 @@ Tensors run_backward(const char* op, const Tensors& grads, const Tensors& weight
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& weight, const Tensor& u, const Tensor& v, int64_t dim, int64_t count, double eps,
                                                    bool v_first, double target, bool at_most) {
-  Tensor sigma = new_empty(u, 0, nullptr, nullptr);
+  Tensor sigma = torch::stable::new_empty(u, {});
   auto [results, us, vs] = run_forward("spectral_norm", {weight}, {u}, {v}, {dim}, sigma.mutable_data_ptr(), {count, eps, v_first}, {target, at_most});
   return {results[0], us[0], vs[0], sigma};
 }
@@ -540,8 +528,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensor> multi(Tensors weights, Tensors u, 
   check_lists(op, weights.size(), {u.size(), v.size(), dims.size()});
   for (const Tensor& x : u)
     STD_TORCH_CHECK(x.scalar_type() == u[0].scalar_type(), "fastgan::", op, ": weights of 64 bits and of fewer have to be normalised by two calls");
-  const int64_t length = weights.size(), stride = 1;
-  Tensor sigma = new_empty(u[0], 1, &length, &stride);
+  Tensor sigma = torch::stable::new_empty(u[0], {int64_t(weights.size())});
   auto [results, us, vs] = run_forward(op, weights, u, v, dims, sigma.mutable_data_ptr(), {count, eps, v_first}, {target, at_most});
   return {results, us, vs, sigma};
 }

@@ -1,0 +1,106 @@
+// Large results in memory that earlier results have let go of. glibc hands blocks above a threshold back to the kernel, and
+// the next result pays a page fault for every 4 KiB: several times what computing it costs.
+//
+// A block belongs to one tensor's storage until that is destroyed, as with any allocator: whatever still refers to a result (a
+// graph kept for another backward, a view, .grad) keeps its memory from being used again. Blocks in use and blocks kept
+// together never hold more bytes than were in use at once at some time.
+#pragma once
+#include "common.h"
+
+#include <algorithm>
+#include <deque>
+#include <mutex>
+#include <new>
+#include <vector>
+
+namespace fastgan {
+
+constexpr int64_t kReusedFrom = 1 << 17;  // bytes; glibc's threshold
+
+class Blocks {
+ public:
+  static Blocks& all() {
+    static Blocks& blocks = *new Blocks;  // never destroyed: tensors may outlive static objects
+    return blocks;
+  }
+
+  void* take(int64_t bytes) {
+    {
+      const std::lock_guard lock(mutex_);
+      used_ += bytes, most_ = std::max(most_, used_);
+      const auto found = std::find_if(kept_.rbegin(), kept_.rend(), [&](const Block& block) { return block.bytes == bytes; });
+      if (found != kept_.rend()) {
+        void* data = found->data;
+        kept_bytes_ -= bytes;
+        kept_.erase(std::next(found).base());
+        return data;
+      }
+      while (!kept_.empty() && used_ + kept_bytes_ > most_) {
+        kept_bytes_ -= kept_.front().bytes;
+        ::operator delete(kept_.front().data, kAlignment);
+        kept_.pop_front();
+      }
+    }
+    try {
+      return ::operator new(bytes, kAlignment);
+    } catch (...) {
+      const std::lock_guard lock(mutex_);
+      used_ -= bytes;
+      throw;
+    }
+  }
+
+  void give_back(void* data, int64_t bytes) {
+    const std::lock_guard lock(mutex_);
+    used_ -= bytes, kept_bytes_ += bytes;
+    kept_.push_back({data, bytes});
+  }
+
+ private:
+  struct Block {
+    void* data;
+    int64_t bytes;
+  };
+  static constexpr std::align_val_t kAlignment{64};
+
+  std::mutex mutex_;
+  std::deque<Block> kept_;  // by when they were let go
+  int64_t used_ = 0, kept_bytes_ = 0, most_ = 0;
+};
+
+inline bool is_dense(const torch::stable::Tensor& x) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
+  for (int64_t d = 0; d < x.dim(); ++d)
+    if (x.size(d) != 1) dims.emplace_back(x.stride(d), x.size(d));
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+// Uninitialised, with the dtype, shape and, where it is dense, strides of x, which is on the CPU.
+inline torch::stable::Tensor new_like(const torch::stable::Tensor& x) {
+  if (!x.is_contiguous() && !is_dense(x)) return torch::stable::empty_like(x);
+  const int64_t bytes = x.numel() * x.element_size();
+  if (bytes >= kReusedFrom) {
+    void* data = Blocks::all().take(bytes);
+    const auto give_back = [bytes](void* block) { Blocks::all().give_back(block, bytes); };
+    try {
+      return torch::stable::from_blob(data, x.sizes(), x.strides(), x.device(), x.scalar_type(), give_back);
+    } catch (...) {
+      give_back(data);
+      throw;
+    }
+  }
+  // The headers' functions look ATen's operators up by name, which takes longer than a small weight.
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), x.sizes().data(), x.strides().data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return torch::stable::Tensor(made);
+}
+
+}  // namespace fastgan
