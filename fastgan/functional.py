@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from fastgan._dtypes import FLOATS, accumulate_dtype
@@ -138,3 +139,72 @@ def spectral_normalize(
     if several:
         return _spectral_norm.multi(weights, us, vs, dims, *options)
     return _spectral_norm.forward(weight, u, v, dim, *options)
+
+
+def top_singular_values(
+    weight: Tensor, u: Tensor, *, dim: int = 0, n_power_iterations: int = 1, eps: float = 1e-12
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Estimates of the k largest singular values by power iteration with deflation: BigGAN's ``num_svs``.
+
+    Each iteration updates all v, then all u, and takes from each vector its projection on those before it (Gram-Schmidt).
+    The first is what :func:`spectral_normalize` with ``v_first=True`` finds: BigGAN normalises by it,
+    ``weight / sigma[0]``, and logs the others. The k products share reads of the weight: two per iteration, one for sigma.
+
+    Args:
+        weight: of rank 2 or more, the matrix W (h, w) with its dimension ``dim`` as rows; any floating dtype.
+        u: (k, h), k at most min(h, w): the estimates to start from, in any basis, such as standard normal draws; float64 for a
+            float64 weight, else float32. BigGAN's buffers are ``torch.cat([u0, u1, ...])``.
+        dim: which dimension of the weight is rows.
+        n_power_iterations: 1 or more.
+        eps: lower limit of the norms that u and v are divided by.
+
+    Returns:
+        (u, v, sigma): (k, h) and (k, w) with orthonormal rows, and (k,), where :math:`\sigma_i = u_i^T W v_i` is
+        differentiable with respect to ``weight`` with u and v constant. Nothing is changed in place.
+
+    Raises:
+        TypeError: ``weight`` is not a floating tensor; u of another dtype than said.
+        ValueError: shapes, ``dim`` or ``n_power_iterations`` other than said.
+
+    Source: Brock et al. 2018, "Large Scale GAN Training for High Fidelity Natural Image Synthesis", appendix on spectra.
+    """
+    if not isinstance(weight, Tensor) or weight.dtype not in FLOATS:
+        raise TypeError(
+            f"top_singular_values: weight is {getattr(weight, 'dtype', type(weight).__name__)}, expected a floating tensor"
+        )
+    if weight.dim() < 2 or not -weight.dim() <= dim < weight.dim():
+        raise ValueError(
+            f"top_singular_values: dim is {dim} for a weight of shape {tuple(weight.shape)}, expected one of its dimensions, "
+            f"of which there have to be two or more"
+        )
+    if n_power_iterations < 1:
+        raise ValueError(f"top_singular_values: n_power_iterations is {n_power_iterations}, expected 1 or more")
+    matrix = _spectral_norm._matrix(weight, dim)
+    h, w = matrix.shape
+    if u.dim() != 2 or u.shape[1] != h or not 1 <= u.shape[0] <= min(h, w):
+        raise ValueError(
+            f"top_singular_values: u has shape {tuple(u.shape)}, expected (k, {h}) with k from 1 to {min(h, w)} for a weight "
+            f"of shape {tuple(weight.shape)} with dim={dim}"
+        )
+    if u.dtype != matrix.dtype:
+        raise TypeError(
+            f"top_singular_values: u has dtype {u.dtype}, expected {matrix.dtype} for a weight of {weight.dtype}; "
+            f"convert it with u.to({matrix.dtype})"
+        )
+    with torch.no_grad():
+        for _ in range(n_power_iterations):
+            v = _orthonormal(u @ matrix, eps)
+            u = _orthonormal(v @ matrix.T, eps)
+    return u, v, ((u @ matrix) * v).sum(1)
+
+
+def _orthonormal(rows: Tensor, eps: float) -> Tensor:
+    """Gram-Schmidt, twice over each row: once leaves rounding of what is taken away, large where that was nearly all."""
+    done: list[Tensor] = []
+    for row in rows:
+        if done:
+            basis = torch.stack(done)
+            for _ in range(2):
+                row = row - (basis @ row) @ basis
+        done.append(row / torch.linalg.vector_norm(row).clamp_min(eps))
+    return torch.stack(done)

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 from torch.nn.utils import spectral_norm as torch_hook
 from torch.nn.utils.parametrizations import spectral_norm as torch_parametrization
@@ -570,3 +571,184 @@ def test_functional(backend):
         fastgan.functional.spectral_normalize(weights, u[:1], v)
     with pytest.raises(TypeError, match=r"weight is torch\.int64"):
         fastgan.functional.spectral_normalize(torch.ones(3, 4).long(), u[0], v[0])
+
+
+def biggan_iteration(matrix, u):
+    """The definition, one vector and one projection at a time."""
+    us, vs, sigmas = [], [], []
+    for x in u:
+        for found, product in ((vs, lambda x: matrix.T @ x), (us, lambda x: matrix @ x)):
+            x = product(x)
+            for y in found:
+                x = x - (x @ y) / (y @ y) * y
+            x = x / x.norm()
+            found.append(x)
+        sigmas.append(us[-1] @ matrix @ vs[-1])
+    return torch.stack(us), torch.stack(vs), torch.stack(sigmas)
+
+
+@pytest.mark.parametrize("shape, dim, k", [((9, 6, 3, 3), 0, 4), ((5, 8, 2), 1, 1), ((7, 3), 0, 3), ((3, 7), -1, 3)])
+def test_top_singular_values(shape, dim, k):
+    weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    matrix = weight.detach().movedim(dim, 0).flatten(1)
+    start = torch.randn(k, matrix.shape[0], dtype=torch.float64)
+    expected, u = start, start
+    for _ in range(3):
+        expected, v, sigma = biggan_iteration(matrix, expected)
+        u, *rest = fastgan.functional.top_singular_values(weight, u, dim=dim)
+        torch.testing.assert_close((u, *rest), (expected, v, sigma))
+    (grad,) = torch.autograd.grad(rest[1][0], weight)
+    torch.testing.assert_close(grad.movedim(dim, 0).flatten(1), torch.outer(u[0], v[0]))
+    _, _, sigma = fastgan.functional.top_singular_values(weight, start, dim=dim, n_power_iterations=2000)
+    torch.testing.assert_close(sigma.detach(), torch.linalg.svdvals(matrix)[:k])
+
+
+def test_the_first_of_the_top_singular_values_is_spectral_normalize():
+    weight, u = torch.randn(6, 5).half(), torch.randn(3, 6)
+    unit = u[0] / u[0].norm()
+    _, first_u, first_v, sigma = fastgan.functional.spectral_normalize(weight, unit, torch.zeros(5), v_first=True)
+    top_u, top_v, top = fastgan.functional.top_singular_values(weight, u)
+    torch.testing.assert_close((top_u[0], top_v[0], top[0]), (first_u, first_v, sigma))
+
+
+def test_top_singular_values_errors():
+    weight, u = torch.randn(4, 3), torch.randn(2, 4)
+    for change, error, match in (
+        ({"weight": weight.long()}, TypeError, r"weight is torch\.int64"),
+        ({"weight": weight[0]}, ValueError, r"dim is 0 for a weight of shape \(3,\)"),
+        ({"dim": 2}, ValueError, "dim is 2"),
+        ({"u": torch.randn(4, 4)}, ValueError, r"expected \(k, 4\) with k from 1 to 3"),
+        ({"u": u.double()}, TypeError, "u has dtype torch.float64, expected torch.float32"),
+        ({"n_power_iterations": 0}, ValueError, "n_power_iterations is 0, expected 1 or more"),
+    ):
+        with pytest.raises(error, match=match):
+            fastgan.functional.top_singular_values(**{"weight": weight, "u": u} | change)
+
+
+# Large results go into memory that earlier ones let go of (csrc/cpu/blocks.h).
+LARGE = (256, 512)  # above glibc's threshold
+
+
+def large(form):
+    torch.manual_seed(0)
+    return form(nn.Linear(*LARGE[::-1], bias=False))
+
+
+def test_nothing_alive_changes_when_memory_is_used_again(pair):
+    """Everything that may hold a result: a graph, retained ones, a view, an array, a copy for averaging, .grad."""
+    layers = [large(form) for form in pair]
+    x = torch.randn(4, LARGE[1])
+    kept = []
+    for step in range(4):
+        outs, first = [], []
+        for layer in layers:
+            one = layer(x)
+            if layer is layers[0]:
+                weight = layer.weight if pair[0] is hook else layer(torch.eye(LARGE[1])).T
+                for held in (weight.detach()[3:], weight.detach().numpy(), copy.deepcopy(layer).weight.detach()):
+                    kept.append((held, held.copy() if hasattr(held, "flags") else held.clone()))
+            elif pair[0] is not hook:
+                layer.weight  # noqa: B018
+            two = layer(x + 1)
+            loss = (one * two).sin().sum()
+            leaf = next(layer.parameters())
+            first.append(torch.autograd.grad(loss, leaf, retain_graph=True, create_graph=step % 2 == 0)[0])
+            with torch.no_grad():
+                layer(x)  # results that come and go between forward and backward
+                layer.eval()(x)
+                layer.train()
+            loss.backward()
+            outs += [one, two, leaf.grad.clone()]
+        torch.testing.assert_close(outs[:3], outs[3:], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(*first, rtol=1e-4, atol=1e-4)
+    for held, copied in kept:
+        assert (held == copied).all()
+
+
+def test_memory_is_used_again_once_nothing_refers_to_it():
+    layer = large(fastgan.spectral_norm)
+    with fastgan.use_backend("cpp"), torch.no_grad():
+        address = layer.weight.data_ptr()
+        assert layer.weight.data_ptr() == address
+        held = layer.weight[5:]
+        assert layer.weight.data_ptr() != address
+        del held
+        assert layer.weight.data_ptr() == address
+
+
+# The layers' own way through autograd, and where it leaves it to the operators'.
+
+
+def test_double_backward_and_forward_mode_over_backward(pair):
+    torch.manual_seed(0)
+    layer = pair[0](nn.Linear(4, 3).double())
+    x, t = torch.randn(2, 5, 4, dtype=torch.float64)
+    for _ in range(20):
+        layer(x)
+    leaf = next(p for n, p in layer.eval().named_parameters() if n != "bias")
+
+    def gradient(create_graph=False):
+        return torch.autograd.grad(layer(x).sin().sum(), leaf, create_graph=create_graph)[0]
+
+    def gradient_at(shift):
+        with torch.no_grad():
+            leaf.add_(direction, alpha=shift)
+            with torch.enable_grad():
+                value = gradient()
+            leaf.sub_(direction, alpha=shift)
+        return value
+
+    direction = torch.randn_like(leaf)
+    (expected,) = torch.autograd.grad((gradient(True) * direction).sum(), leaf)
+    torch.testing.assert_close((gradient_at(1e-5) - gradient_at(-1e-5)) / 2e-5, expected, rtol=1e-6, atol=1e-7)
+    # a tangent that only arrives in the backward pass
+    out = layer(x)
+    (linear,) = torch.autograd.grad(out, leaf, t[:, :3] * 2, retain_graph=True)
+    with forward_ad.dual_level():
+        (dual,) = torch.autograd.grad(out, leaf, forward_ad.make_dual(t[:, :3], t[:, :3] * 2))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, linear)
+
+
+def test_functional_transforms_of_a_module(pair):
+    ours, theirs = both(pair, lambda: nn.Linear(4, 3), torch.float64)
+    synchronise(ours, theirs)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    values = []
+    for layer in (ours.eval(), theirs.eval()):
+        if pair[0] is hook:
+            layer(x)  # the attribute `weight` is set by a forward
+
+        def loss(parameters, layer=layer):
+            return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+        parameters = {name: p.detach() for name, p in layer.named_parameters()}
+        tangents = {name: torch.ones_like(p) for name, p in parameters.items()}
+        values.append((torch.func.grad(loss)(parameters), torch.func.jvp(loss, (parameters,), (tangents,))))
+    torch.testing.assert_close(*values)
+
+
+def test_hooks_and_further_parametrizations_still_run():
+    layer = fastgan.spectral_norm(nn.Linear(4, 3)).eval()
+    plain = layer.weight.detach()
+    chain, seen = layer.parametrizations.weight, []
+    handles = [
+        chain.register_forward_pre_hook(lambda *_: seen.append("before")),
+        chain[0].register_forward_hook(lambda module, inputs, output: output * 2),
+    ]
+    torch.testing.assert_close(layer.weight, plain * 2)
+    assert seen == ["before"]
+    for handle in handles:
+        handle.remove()
+
+    class Triple(nn.Module):
+        def forward(self, weight):
+            return 3 * weight
+
+    parametrize.register_parametrization(layer, "weight", Triple())
+    torch.testing.assert_close(layer.weight, plain * 3)
+
+
+def test_jit_trace():
+    layer = fastgan.spectral_norm(nn.Linear(4, 3)).eval()
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(torch.jit.trace(layer, x)(x), layer(x))
