@@ -18,12 +18,16 @@ def _block(inside: int, outside: int, shortcut: bool = True) -> list[tuple[int, 
 
 
 _BIGGAN = [3, 96, 192, 384, 768, 1536]
+_STYLEGAN2 = [128, 256, 512, 512, 512, 512, 512]  # channels from 256x256 down to 4x4
 #: weights as the papers' discriminators have them
 MODELS = {
     "SNGAN-32 D": [*_block(3, 128), *_block(128, 128), *_block(128, 128, False), *_block(128, 128, False), (1, 128)],
     "DCGAN-128 D": [(o, i, 4, 4) for i, o in ((3, 64), (64, 128), (128, 256), (256, 512), (512, 1024), (1024, 1))],
     "BigGAN-128 D": [shape for i, o in itertools.pairwise(_BIGGAN) for shape in _block(i, o)]
     + [*_block(1536, 1536, False), (12, 96, 1, 1), (12, 96, 1, 1), (48, 96, 1, 1), (96, 48, 1, 1), (1, 1536), (1000, 1536)],
+    "StyleGAN2-256 D": [(128, 3, 1, 1)]
+    + [shape for i, o in itertools.pairwise(_STYLEGAN2) for shape in ((i, i, 3, 3), (o, i, 3, 3), (o, i, 1, 1))]
+    + [(512, 513, 3, 3), (512, 8192), (1, 512)],
     "64x576": [(64, 64, 3, 3)],
     "1536x13824": [(1536, 1536, 3, 3)],
 }
@@ -62,15 +66,23 @@ def _forward_backward(read, layers, grads):
     return run
 
 
+class _Reader(nn.Module):
+    """A model that does nothing but use its weights."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self):
+        return _read(self.layers)
+
+
 def _one_call(layers, grads):
-    originals = _originals(layers)
-    u, v = ([getattr(layer.parametrizations.weight[0], name) for layer in layers] for name in ("_u", "_v"))
+    originals, model = _originals(layers), _Reader(layers)
+    fastgan.SpectralNormGroup(model)
 
     def run():
-        normalised, new_u, new_v, _ = fastgan.functional.spectral_normalize(originals, u, v)
-        torch._foreach_copy_(u, new_u)
-        torch._foreach_copy_(v, new_v)
-        return torch.autograd.grad(normalised, originals, grads)
+        return torch.autograd.grad(model(), originals, grads)
 
     return run
 
@@ -116,6 +128,8 @@ CASES = [
     _case("DCGAN-128 D", "by layer", 4.0),
     _case("BigGAN-128 D", "one call", 3.5),
     _case("BigGAN-128 D", "by layer", 3.5),
+    _case("StyleGAN2-256 D", "one call", None),
+    _case("StyleGAN2-256 D", "by layer", None),
     _case("64x576", "by layer", None),
     _case("1536x13824", "by layer", None),
 ]
