@@ -3,6 +3,7 @@
 A leg whose backend is missing fails: leaving one out is said on the command line, never silent.
 """
 
+import logging
 import os
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 
 import fastgan
 from fastgan import backends
+
+# pytest collects every logger's records, and torch's trace of what it compiles has thousands: 20 times slower tests
+logging.getLogger("torch.__trace").propagate = False
 
 
 def pytest_addoption(parser):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.autograd.graph import get_gradient_edge
+from torch.utils.checkpoint import CheckpointError
 
 from fastgan._dtypes import HALF
 
@@ -119,17 +120,18 @@ def forget_plans(critic=None):
         _PLANS.pop(owner(critic), None)
 
 
-def sample_factor(cotangents, weights, scores):
+def sample_factor(cotangents, weights, scores, always_per_sample=False, checks=None):
     """s with dLoss/dscore = s_i * weight for every score of sample i: None, a float if s is the same for all, or (N,).
 
     Raises Refused where the loss's derivative differs between a sample's scores: then one cotangent cannot serve both
-    the loss and the penalty.
+    the loss and the penalty. ``always_per_sample``: (N,) in any case. ``checks``: where values cannot be read
+    now, a list that receives (bool tensor, message) instead.
     """
     if cotangents is None:
         return None
     ratios = [c.detach() / w for c, w in zip(cotangents, weights, strict=False)]
     ratios = [r.float() if r.dtype in HALF else r for r in ratios]
-    if ratios[0].device.type == "cpu":
+    if ratios[0].device.type == "cpu" and not always_per_sample:
         lowest, highest = min(r.min() for r in ratios).item(), max(r.max() for r in ratios).item()
         if lowest == highest:
             return lowest
@@ -139,10 +141,13 @@ def sample_factor(cotangents, weights, scores):
     s = ratios[0].reshape(n, -1)[:, 0]
     if len(ratios) > 1 or ratios[0].numel() != n:
         room = 4 * torch.finfo(s.dtype).eps
+        why = "the loss's derivative differs between the scores of one sample (patches or outputs)"
         for r in ratios:
-            r = r.reshape(n, -1)
-            if bool(((r - s[:, None]).abs() > room * s[:, None].abs()).any()):
-                raise Refused("the loss's derivative differs between the scores of one sample (patches or outputs)")
+            alike = ((r.reshape(n, -1) - s[:, None]).abs() <= room * s[:, None].abs()).all()
+            if checks is not None:
+                checks.append((alike, why))
+            elif not bool(alike):
+                raise Refused(why)
     return s
 
 
@@ -151,7 +156,8 @@ def shared_pass(forward, cotangents, form, weights, scale=1.0):
     graph, plan = forward.prepared or prepare(forward)
     if plan.refusal is not None:
         raise Refused(plan.refusal)
-    s = sample_factor(cotangents, weights, forward.scores)
+    checks = []
+    s = sample_factor(cotangents, weights, forward.scores, forward.always_per_sample, checks if forward.traced else None)
     if plan.coupled is not None and isinstance(s, torch.Tensor):
         raise Refused(plan.coupled)
     leaves = leaves_of(graph.nodes)
@@ -171,14 +177,13 @@ def shared_pass(forward, cotangents, form, weights, scale=1.0):
         release = plan.trusted and not plan.value_dependent
         tangents = run.tangents(w, s, release)
         per_sample = per_sample and inner.shape[0] == forward.samples
-        checks = []
         if any(t is not None for t in tangents):
             fine, tolerance = check_tangents(tangents, weights, inner, per_sample, run.up)
             message = (
                 f"samples interact in a way that depends on values: the scores' change along the penalty's direction "
                 f"is off by more than {tolerance:g}"
             )
-            if fine.device.type != "cpu":
+            if forward.traced or fine.device.type != "cpu":
                 checks.append((fine, message + '; use method="double_backward"'))
             elif not bool(fine):
                 if release:
@@ -227,7 +232,13 @@ def directional(forward, cotangents, form, weights, method, scale=1.0, force=Fal
         if not force:
             fallback.refuse_wrong_slope(slope.detach(), inner.sum())
     leaves = fallback.graph_leaves([slope])
-    gradients = fallback.gradients_of(slope, leaves, scale)
+    try:
+        gradients = fallback.gradients_of(slope, leaves, scale)
+    except CheckpointError as error:
+        raise RuntimeError(
+            f'method="{method}" cannot cross activation checkpointing, whose recomputation has no tangents: '
+            'use method="auto", or switch checkpointing off'
+        ) from error
     along = Gradients(penalty, norms, gradients, leaves, method, "asked for")
     along.merge(result)
     return along

@@ -10,7 +10,7 @@ has forward-mode but no second-order reverse derivatives.
 import torch
 import torch.autograd.forward_ad as forward_ad
 
-from fastgan._dtypes import HALF
+from fastgan._dtypes import HALF, accumulate_dtype
 
 from .analyse import Graph, analyse, op_name
 from .forward import leaves_of
@@ -38,14 +38,27 @@ def input_gradient(forward, weights, scale=1.0, create_graph=False):
     )
     if g is None:
         raise RuntimeError("the critic's scores do not depend on its input: there is no gradient to penalise")
-    return g.float() / scale if scale != 1.0 else g
+    return g.to(accumulate_dtype(g.dtype)) / scale if scale != 1.0 else g
 
 
 def differentiable_penalty(forward, form, weights, scale=1.0):
     """(penalty, norms (N,)) with the double-backward graph attached."""
+    refuse_first_order_only(forward)
     with torch.enable_grad():
         g = input_gradient(forward, weights, scale, create_graph=True)
         return penalty_value(g, form)
+
+
+def refuse_first_order_only(forward):
+    """Raise RuntimeError for fused attention, whose kernels have no second derivative; PyTorch would say so only later."""
+    nodes = Graph([s for s in forward.scores if s.grad_fn is not None]).nodes
+    fused = {n.name() for n in nodes if n.name().startswith("ScaledDotProduct")}
+    if fused:
+        raise RuntimeError(
+            f"{', '.join(sorted(fused))} cannot be differentiated twice: run the critic under "
+            'torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or use method="jvp", which writes attention out and is exact, or '
+            'method="finite_difference"'
+        )
 
 
 def gradients_of(value, leaves, scale=1.0):

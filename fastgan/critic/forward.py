@@ -65,6 +65,16 @@ class Forward:
         with torch.enable_grad():
             self.scores = score_list(critic(self.x, *self.args), score_fn)
         self.prepared = None  # (graph, plan) once the engine has looked at it
+        self.always_per_sample = self.traced = False
+
+    @classmethod
+    def captured(cls, critic, x, scores, traced):
+        """A forward that ran elsewhere. What is found out about it must hold for other values too: the loss's derivative
+        counts as different for each sample. ``traced``: its tensors have no values to read."""
+        self = cls.__new__(cls)
+        self.critic, self.x, self.scores, self.snapshot, self.prepared = critic, x, scores, None, None
+        self.always_per_sample, self.traced = True, traced
+        return self
 
     @property
     def samples(self):

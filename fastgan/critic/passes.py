@@ -11,7 +11,7 @@ import contextlib
 import torch
 from torch.autograd.graph import GradientEdge
 
-from fastgan._dtypes import HALF
+from fastgan._dtypes import HALF, accumulate_dtype
 from fastgan.ops import tangent_combine
 
 from .analyse import Refused
@@ -94,7 +94,7 @@ class SharedPass:
             for handle in handles:
                 handle.remove()
         if self.down != 1.0:
-            g = g.float() / self.down
+            g = g.to(accumulate_dtype(g.dtype)) / self.down
         return g
 
     def prove_layouts(self):

@@ -7,13 +7,14 @@ import torch
 from fastgan._dtypes import HALF
 
 from .. import losses
-from . import engine
+from . import engine, traced
 from . import joint as joining
 from .deliver import Delivery
 from .forward import Forward, unwrap
 from .inputs import check_batch, check_pair, interpolate, scale_of
 from .outputs import like_output
 from .reduction import Form
+from .replicas import Replica, refuse_sharded
 
 __all__ = ["CriticStep", "critic_step"]
 
@@ -66,8 +67,11 @@ def critic_step(
     ``grad_scaler``: a :class:`torch.amp.GradScaler`: penalised cotangents are computed at its scale and unscaled in
     float32. Scale the loss with it as usual.
     ``microbatch``: samples to run at a time; for losses that are means over samples. Buffers then move once a part.
-    ``compile``: must be False; the shared pass reads the autograd graph of the running critic, which a traced critic
-    does not leave. A critic wrapped by :func:`torch.compile` is accepted and its original module is run.
+    ``compile``: True, or the name of a ``torch.compile`` backend, compiles the whole step: forwards, loss and all passes.
+    The first step with given shapes runs eagerly, the second compiles. A critic or loss that cannot be captured, a
+    GradScaler, ``joint=True``, ``microbatch`` and the methods "jvp" and "finite_difference" run eagerly, and ``why``
+    says so. A critic wrapped by :func:`torch.compile` is accepted and its original module is run. Inside somebody's
+    own ``torch.compile``, also with ``fullgraph=True``, the step is double backward by ``torch.func.grad``.
     ``method``: "auto", "fused", "double_backward", "jvp", "finite_difference" (``force``: even where it refuses).
 
     Forwards count as real, fake, interpolates, in this order, each with its own spectral-norm update, batch statistics
@@ -79,12 +83,6 @@ def critic_step(
     live the GAN!", 2024 (both at once).
     """
     engine.check_method(method)
-    if compile:
-        raise ValueError(
-            "compile=True: the step reads the autograd graph of the running critic and cannot be traced. Leave it out: "
-            "the eager step does a third less arithmetic than double backward. To compile a penalty, write it with "
-            "torch.func.grad inside your own torch.compile(fullgraph=True) function"
-        )
     check_batch("real", real)
     check_batch("fake", fake)
     if gradient_penalty:
@@ -94,8 +92,10 @@ def critic_step(
     for name, value in (("gradient_penalty", gradient_penalty), ("r1", r1), ("r2", r2)):
         if value < 0:
             raise ValueError(f"{name} is a weight and cannot be negative, got {value}")
+    critic = unwrap(critic)
+    refuse_sharded(critic)
     step = _Step(
-        critic=unwrap(critic),
+        replica=Replica(critic),
         loss=losses.get(loss),
         score_fn=score_fn,
         method=method,
@@ -108,10 +108,33 @@ def critic_step(
         "r2": Form("zero_centered", r2, pac=pac) if r2 else None,
         "gp": Form("gradient_penalty", gradient_penalty, target, one_sided, pac=pac) if gradient_penalty else None,
     }
+    if torch.compiler.is_compiling():
+        traced.check_method(method)
+        if joint is True or microbatch is not None:
+            raise ValueError(f"joint=True and microbatch do not work inside torch.compile: {traced.WAY_OUT}")
+        batches = [("real", real, tuple(real_args)), ("fake", fake, tuple(fake_args))]
+        if gradient_penalty:
+            between = interpolate(real, fake, alpha=alpha, generator=generator, pac=pac)
+            batches.append(("gp", between, tuple(interpolate_args)))
+        return CriticStep(**traced.results(step.critic, step.loss, score_fn, forms, batches, step.scale))
+    note = ""
+    if compile:
+        from .compiled import NotCompiled  # imports Dynamo, which takes a while
+
+        state = generator and generator.get_state()
+        try:
+            if joint is True or microbatch is not None:
+                raise NotCompiled("joint=True and microbatch are not compiled")
+            args = {"real": tuple(real_args), "fake": tuple(fake_args), "gp": tuple(interpolate_args)}
+            return step.run_compiled(compile, real, fake, args, forms, alpha, generator)
+        except NotCompiled as why:
+            note = f"; run eagerly: {why}"
+            if generator:
+                generator.set_state(state)
     parts = _parts(step.loss, real, fake, real_args, fake_args, interpolate_args, alpha, microbatch, pac)
     for part in parts:
         step.run(part, forms, joint, generator, pac)
-    return step.finish()
+    return step.finish(note)
 
 
 @dataclass
@@ -153,8 +176,8 @@ def _parts(loss, real, fake, real_args, fake_args, interpolate_args, alpha, size
 class _Step:
     """Running sums over the parts of a step."""
 
-    def __init__(self, critic, loss, score_fn, method, scale, force):
-        self.critic, self.loss, self.score_fn = critic, loss, score_fn
+    def __init__(self, replica, loss, score_fn, method, scale, force):
+        self.replica, self.critic, self.loss, self.score_fn = replica, unwrap(replica.module), loss, score_fn
         self.method, self.scale, self.force = method, scale, force
         self.total = None
         self.adversarial, self.penalty = 0.0, 0.0
@@ -164,7 +187,8 @@ class _Step:
 
     def forward(self, inputs, args, penalised):
         replayable = penalised and self.method in ("jvp", "finite_difference")
-        forward = Forward(self.critic, inputs, args, self.score_fn, penalised=penalised, replayable=replayable)
+        with self.replica.forward():
+            forward = Forward(self.critic, inputs, args, self.score_fn, penalised=penalised, replayable=replayable)
         if penalised and self.method in ("auto", "fused"):
             engine.prepare(forward)  # before the next batch is forwarded
         return forward
@@ -265,20 +289,63 @@ class _Step:
         else:
             self.total.merge(found)
 
-    def finish(self):
+    def run_compiled(self, compile, real, fake, args, forms, alpha, generator):
+        """The step as one compiled graph; raises NotCompiled, with nothing run, where there is none."""
+        from . import compiled
+        from .compiled import NotCompiled
+
+        if self.method in ("jvp", "finite_difference"):
+            raise NotCompiled(f'method="{self.method}" repeats the forward')
+        if self.scale != 1.0:
+            raise NotCompiled("a GradScaler's scale changes as training goes on")
+        if self.replica.moves_buffers():
+            raise NotCompiled("DistributedDataParallel broadcasts buffers before each forward")
+        program = compiled.step_for(self.critic, "inductor" if compile is True else compile)
+        keys = {"real": "r1", "fake": "r2", "gp": "gp"}
+        inputs = {"real": real.detach(), "fake": fake.detach()}
+        between = None
+        if forms["gp"] is not None:
+            pac = forms["gp"].pac
+            if generator is None:  # drawn inside, after the forwards: the order of random numbers is eager's
+                between = (real.detach(), fake.detach(), alpha, pac)
+                inputs["gp"] = real.new_zeros(()).expand(real.shape)
+            else:
+                inputs["gp"] = interpolate(real, fake, alpha=alpha, generator=generator, pac=pac)
+        forms = {name: forms[keys[name]] for name in inputs}
+        used = [name for name, form in forms.items() if form is not None]
+        for name in used:
+            inputs[name].requires_grad_(True)
+        weights = {name: torch.tensor(forms[name].weight, dtype=torch.float64) for name in used}
+        task = compiled.Task(
+            inputs,
+            {name: args[name] for name in inputs},
+            between,
+            {name: form if form is None else form.with_weight(1.0) for name, form in forms.items()},
+            weights,
+            dict.fromkeys(used, self.method),
+        )
+        found = program(self.critic, self.loss, self.score_fn, task)
+        self.adversarial, self.penalty = found.adversarial, 0.0 if found.penalty is None else found.penalty
+        self.scores = {name: [found.scores[name]] for name in ("real", "fake")}
+        self.norms = {keys[name]: [norms.detach()] for name, norms in found.norms.items()}
+        self.used = {keys[name]: how for name, how in found.used.items()}
+        self.total = engine.Gradients(None, None, found.gradients, found.leaves, "", "", found.checks)
+        return self.finish(found.note)
+
+    def finish(self, note=""):
         adversarial = torch.as_tensor(self.adversarial)
         penalty = self.penalty if isinstance(self.penalty, torch.Tensor) else torch.zeros_like(adversarial)
         delivery = Delivery(self.total.gradients, self.total.leaves, self.total.checks)
         methods = list(dict.fromkeys(m for m, _ in self.used.values()))
         return CriticStep(
-            loss=delivery.attach(adversarial + penalty),
+            loss=self.replica.finish(delivery.attach(adversarial + penalty)),
             adversarial=adversarial,
             penalty=penalty,
             real_scores=_joined(self.scores["real"]),
             fake_scores=_joined(self.scores["fake"]),
             grad_norms={k: v[0] if len(v) == 1 else torch.cat(v) for k, v in self.norms.items()},
             method="backward" if not methods else methods[0] if len(methods) == 1 else "mixed",
-            why="; ".join(f"{key}: {m} ({why})" for key, (m, why) in self.used.items()) or "no penalty in use",
+            why=("; ".join(f"{key}: {m} ({why})" for key, (m, why) in self.used.items()) or "no penalty in use") + note,
         )
 
 
