@@ -19,8 +19,8 @@ for module in demo.NEEDED:
 from fastgan.demo import compare, model, report, run, sweep  # noqa: E402
 
 CPU = torch.device("cpu")
-RUN = model.RUNS[0]
-PLOTS = ("samples", "losses", "divergence", "parts", "sweep")
+RUN, PENALISED = model.RUNS
+PLOTS = {RUN.name: ("samples", "losses", "divergence", "parts", "sweep"), PENALISED.name: ("samples", "losses", "divergence")}
 
 
 @pytest.fixture(autouse=True)
@@ -28,32 +28,38 @@ def few_trees(monkeypatch):
     monkeypatch.setattr(report, "TREES", 20)
 
 
-def records(steps=3, factory=None):
-    each = RUN if factory is None else model.Run(**{**vars(RUN), "fastgan": factory})
+def records(steps=3, factory=None, run=RUN):
+    each = run if factory is None else model.Run(**{**vars(run), "fastgan": factory})
     data = model.batches(model.digits()[0], 24, 0)
     return compare.lockstep(each, CPU, 0, data, steps, 2, lambda *_: None)[1]
 
 
-def test_writes_plots_and_results(tmp_path):
+def test_writes_plots_and_results(tmp_path, capsys):
     from matplotlib.image import imread
 
     assert cli.main(["demo", "--quick", "--out", str(tmp_path)]) == 0
-    for plot in PLOTS:
-        image = imread(tmp_path / f"{RUN.name}-{plot}.png")
+    for plot in [f"{name}-{kind}.png" for name, kinds in PLOTS.items() for kind in kinds]:
+        image = imread(tmp_path / plot)
         assert image.shape[0] > 100 and image.std() > 0.01
     document = json.loads((tmp_path / "results.json").read_text())
     assert document["passed"] and document["machine"]["torch"] == torch.__version__
+    for each in (RUN, PENALISED):
+        result = document["runs"][each.name]
+        assert result["verdict"]["passed"] and len(result["steps"]) == document["options"]["steps"]
+        assert {times["allocator"] for times in result["step times"]} == {"default", "tuned"}
+        for times in result["step times"]:
+            assert times["seconds"].keys() == each.forms.keys() and times["speedup over"].keys() == each.plain.keys()
+        for role in model.ROLES:
+            assert all(step[role]["loss difference"] <= 1e-6 for step in result["steps"])
+    assert f"{PENALISED.name}: a training step is" in capsys.readouterr().out
     result = document["runs"][RUN.name]
-    assert result["verdict"]["passed"] and len(result["steps"]) == document["options"]["steps"]
-    assert {times["allocator"] for times in result["step times"]} == {"default", "tuned"}
-    for times in result["step times"]:
-        assert times["seconds"].keys() == RUN.layers.keys() and times["speedup over"].keys() == RUN.plain.keys()
     assert all(share > 0 for parts in result["step parts"].values() for share in parts.values())
     assert {"minibatch layer forward", "minibatch layer backward", "optimizers"} <= result["step parts"]["fastgan"].keys()
 
 
 def test_reproducible():
-    assert records(2) == records(2)
+    for each in model.RUNS:
+        assert records(2, run=each) == records(2, run=each)
 
 
 class WrongForward(fastgan.nn.MinibatchDiscrimination):
@@ -83,6 +89,28 @@ def test_verdict_fails_on_a_wrong_layer():
     assert {"discriminator gradient", "generator gradient"} <= failed(records(factory=sabotaged(WrongBackward)))
 
 
+def test_verdict_fails_on_wrong_penalties():
+    assert not failed(records(run=PENALISED))
+
+    def twice(critic, real, fake):
+        step = fastgan.critic_step(critic, real, fake, loss="relativistic", r1=model.PENALTY, r2=2 * model.PENALTY)
+        return step.loss
+
+    assert {"discriminator loss", "discriminator gradient"} <= failed(records(run=PENALISED, factory=twice))
+
+    def spoilt(critic, real, fake):  # the loss is right, its gradient is not
+        loss = model.fastgan_loss(critic, real, fake)
+        loss.register_hook(lambda grad: grad * 1.01)
+        return loss * 1.0
+
+    assert "discriminator gradient" in failed(records(run=PENALISED, factory=spoilt))
+
+
+def test_the_penalised_run_takes_the_shared_pass():
+    critic = model.Critic()
+    assert fastgan.explain(critic, torch.randn(4, 1, 8, 8)).method == "fused"
+
+
 def test_verdict_fails_on_nan():
     spoilt = records()
     spoilt[1]["generator"]["gradient difference"] = float("nan")
@@ -103,8 +131,9 @@ def test_more_samples_than_there_are(tmp_path, capsys):
     assert "more than the 1797 digits" in capsys.readouterr().out
 
 
-def test_all_forms_agree():
-    gans = compare.make_gans(RUN, CPU, 0, torch.float64)
+@pytest.mark.parametrize("each", model.RUNS, ids=lambda each: each.name)
+def test_all_forms_agree(each):
+    gans = compare.make_gans(each, CPU, 0, torch.float64)
     batch = next(model.batches(model.digits()[0], 16, 0))
     losses = [gan.update("discriminator", batch).item() for gan in gans.values()]
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-12)

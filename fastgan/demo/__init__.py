@@ -22,7 +22,7 @@ def missing_extras() -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     style = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(prog="fastgan demo", description=__doc__, formatter_class=style)
-    parser.add_argument("--steps", type=_at_least_two, default=180, help="training steps, each compared")
+    parser.add_argument("--steps", type=_at_least_two, default=160, help="training steps, each compared")
     parser.add_argument("--batch-size", type=_at_least_two, default=128, help="samples per step")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for plots and results.json")
     parser.add_argument("--seed", type=int, default=0)

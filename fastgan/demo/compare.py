@@ -19,9 +19,9 @@ LEAST_ERROR = 16 * torch.finfo(torch.float32).eps
 
 
 def make_gans(run: Run, device: torch.device, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Gan]:
-    """One Gan for each form of the layer, all in the same initial state."""
+    """One Gan for each form, all in the same initial state."""
     torch.manual_seed(seed)
-    gans = {name: Gan(layer, device, dtype) for name, layer in run.layers.items()}
+    gans = {name: run.gan(form, device, dtype) for name, form in run.forms.items()}
     first = next(iter(gans.values()))
     for gan in gans.values():
         gan.copy_from(first)
@@ -114,7 +114,7 @@ def divergence(run: Run, device: torch.device, seed: int, data: Iterator[Batch],
     """Free-running from the same start: relative distance of all parameters from plain PyTorch's, per step."""
     gans = make_gans(run, device, seed)
     reference = gans[run.best_plain]
-    followers = {"fastgan": gans["fastgan"], "plain, one weight moved by one ulp": Gan(run.plain[run.best_plain], device)}
+    followers = {"fastgan": gans["fastgan"], "plain, one weight moved by one ulp": run.gan(run.plain[run.best_plain], device)}
     nudged = followers["plain, one weight moved by one ulp"].copy_from(reference)
     _nudge(nudged)
     distances = {name: [] for name in followers}

@@ -48,32 +48,28 @@ def fastgan_layer(in_features: int, out_features: int, kernel_dims: int) -> nn.M
 
 @dataclass(frozen=True)
 class Run:
-    """One training compared: the same discriminator layer in plain PyTorch and from fastgan, with one state_dict.
+    """One training compared: the same GAN with a part in plain PyTorch and from fastgan, with one state_dict.
 
-    ``plain`` maps a form's name to its factory; each step is checked against ``best_plain``, the fastest of them that
-    has all the derivatives this training takes.
+    ``plain`` maps a form's name to that part: a factory of the discriminator's layer, or the critic's loss. Each step is
+    checked against ``best_plain``, the fastest of them that has all the derivatives this training takes.
     """
 
     name: str
-    plain: dict[str, Callable[..., nn.Module]]
+    gan: "type[Gan]"
+    plain: dict[str, Callable]
     best_plain: str
-    fastgan: Callable[..., nn.Module]
-    operators: tuple[str, ...]  # of fastgan.ops: tells which backend serves
+    fastgan: Callable
+    operators: tuple[str, ...] = ()  # of fastgan.ops: tells which backend serves
+    steps: int | None = None  # at most
 
     @property
-    def layers(self) -> dict[str, Callable[..., nn.Module]]:
+    def forms(self) -> dict[str, Callable]:
         return {**self.plain, "fastgan": self.fastgan}
 
-
-RUNS = [
-    Run(
-        name="minibatch-discrimination",
-        plain={"plain broadcast": BroadcastMinibatchDiscrimination, "plain cdist": CdistMinibatchDiscrimination},
-        best_plain="plain cdist",
-        fastgan=fastgan_layer,
-        operators=("minibatch_discrimination", "minibatch_discrimination_backward"),
-    ),
-]
+    @property
+    def has_layer(self) -> bool:
+        """Is it one layer that is compared, whose share of the step and growth with the batch can be shown?"""
+        return self.gan is Gan
 
 
 class Batch(NamedTuple):
@@ -190,16 +186,25 @@ class Stopwatch:
 
 
 class Gan:
-    """Both networks with their optimizers; non-saturating losses (Goodfellow et al. 2014)."""
+    """Both networks with their optimizers; non-saturating losses (Goodfellow et al. 2014). ``form``: the minibatch layer."""
 
-    def __init__(self, layer: Callable[..., nn.Module], device: torch.device, dtype: torch.dtype = torch.float32):
-        self.device, self.dtype = device, dtype
+    def __init__(self, form: Callable, device: torch.device, dtype: torch.dtype = torch.float32):
+        self.device, self.dtype, self.form = device, dtype, form
         self.generator = make_generator().to(device, dtype)
-        self.discriminator = Discriminator(layer).to(device, dtype)
+        self.discriminator = self.make_discriminator().to(device, dtype)
         self.optimizers = {
             role: torch.optim.Adam(getattr(self, role).parameters(), lr=rate, betas=(0.5, 0.99))
             for role, rate in zip(ROLES, (1e-3, 2e-3), strict=True)
         }
+
+    def make_discriminator(self) -> nn.Module:
+        return Discriminator(self.form)
+
+    def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        return F.softplus(-self.discriminator(real)).mean() + F.softplus(self.discriminator(fake)).mean()
+
+    def generator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        return F.softplus(-self.discriminator(fake)).mean()
 
     def copy_from(self, other: "Gan") -> "Gan":
         """Take over parameters, buffers and optimizer state."""
@@ -226,10 +231,7 @@ class Gan:
         with watch("generator forward"), torch.set_grad_enabled(not trains_discriminator):
             fake = self.generator(batch.discriminator_noise if trains_discriminator else batch.generator_noise)
         with watch("rest of discriminator forward"):
-            if trains_discriminator:
-                loss = F.softplus(-self.discriminator(batch.real)).mean() + F.softplus(self.discriminator(fake)).mean()
-            else:
-                loss = F.softplus(-self.discriminator(fake)).mean()
+            loss = (self.discriminator_loss if trains_discriminator else self.generator_loss)(batch.real, fake)
         with watch("rest of backward"):
             self.optimizers[role].zero_grad()
             loss.backward()
@@ -241,3 +243,90 @@ class Gan:
         """One update of each network."""
         for role in ROLES:
             self.update(role, batch, watch)
+
+
+class ResidualBlock(nn.Module):
+    """R3GAN's block: 1x1, grouped 3x3, 1x1 convolutions, no normalisation."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        wide = 2 * channels
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, wide, 1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(wide, wide, 3, padding=1, groups=groups),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(wide, channels, 1, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class Critic(nn.Sequential):
+    """Residual blocks at 8x8 and 4x4 with bilinear downsampling between, as in R3GAN (Huang et al. 2024)."""
+
+    def __init__(self, channels: int = 40, groups: int = 4):
+        super().__init__(
+            nn.Conv2d(1, channels, 3, padding=1),
+            ResidualBlock(channels, groups),
+            nn.Upsample(scale_factor=0.5, mode="bilinear"),
+            nn.Conv2d(channels, 2 * channels, 1),
+            ResidualBlock(2 * channels, groups),
+            nn.Conv2d(2 * channels, 2 * channels, 4, groups=2 * channels, bias=False),
+            nn.Flatten(),
+            nn.Linear(2 * channels, 1, bias=False),
+        )
+
+
+PENALTY = 0.5  # weight of R1 and of R2
+
+
+def textbook_loss(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    """The pairing relativistic loss + R1 + R2, with gradients by double backward."""
+    scores, penalty = [], 0.0
+    for images in (real, fake):
+        images = images.detach().requires_grad_(True)
+        scores.append(critic(images))
+        (gradient,) = torch.autograd.grad(scores[-1].sum(), images, create_graph=True)
+        penalty = penalty + PENALTY / 2 * gradient.square().sum((1, 2, 3)).mean()
+    return F.softplus(scores[1] - scores[0]).mean() + penalty
+
+
+def fastgan_loss(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    return fastgan.critic_step(critic, real, fake, loss="relativistic", r1=PENALTY, r2=PENALTY).loss
+
+
+class PenalisedGan(Gan):
+    """R3GAN in small: relativistic losses with R1 and R2 (Huang et al. 2024). ``form``: the critic's loss."""
+
+    def make_discriminator(self) -> nn.Module:
+        return Critic()
+
+    def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        return self.form(self.discriminator, real, fake)
+
+    def generator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        with torch.no_grad():
+            scores = self.discriminator(real)
+        return F.softplus(scores - self.discriminator(fake)).mean()
+
+
+RUNS = [
+    Run(
+        name="minibatch-discrimination",
+        gan=Gan,
+        plain={"plain broadcast": BroadcastMinibatchDiscrimination, "plain cdist": CdistMinibatchDiscrimination},
+        best_plain="plain cdist",
+        fastgan=fastgan_layer,
+        operators=("minibatch_discrimination", "minibatch_discrimination_backward"),
+    ),
+    Run(
+        name="r3gan",
+        gan=PenalisedGan,
+        plain={"plain double backward": textbook_loss},
+        best_plain="plain double backward",
+        fastgan=fastgan_loss,
+        steps=40,
+    ),
+]

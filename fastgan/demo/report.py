@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 GRID = (6, 12)
 CONFIDENT = 0.5
 TREES = 200
-COLOURS = {"fastgan": "#0b7a75", "plain cdist": "#d1495b", "plain broadcast": "#edae49"}
+COLOURS = {"fastgan": "#0b7a75", "plain cdist": "#d1495b", "plain broadcast": "#edae49", "plain double backward": "#d1495b"}
 GREY = "#7a7a7a"
 plt.rcParams.update(
     {
@@ -98,17 +98,18 @@ def print_times(console: Console, result: dict) -> None:
 
 
 def print_parts(console: Console, result: dict) -> None:
-    """The parts of a step with their shares, and its peak memory."""
-    parts = result["step parts"]
-    table = Table(title=f"Parts of a step ({result['allocator']} allocator), and its peak memory", title_justify="left")
-    table.add_column("part")
-    for name in parts:
+    """The parts of a step with their shares, where one layer is compared, and its peak memory."""
+    parts, names = result["step parts"] or {}, list(result["step memory"])
+    title = f"Parts of a step ({result['allocator']} allocator), and its peak memory" if parts else "A step's peak memory"
+    table = Table(title=title, title_justify="left")
+    table.add_column("part" if parts else "")
+    for name in names:
         table.add_column(name, justify="right")
     totals = {name: sum(seconds.values()) for name, seconds in parts.items()}
-    for part in parts["fastgan"]:
+    for part in parts.get("fastgan", ()):
         row = (f"{1e3 * parts[name][part]:7.1f} ms {parts[name][part] / totals[name]:5.0%}" for name in parts)
         table.add_row(part, *row, style="bold" if part.startswith("minibatch layer") else None)
-    table.add_row("peak memory", *(_mebibytes(result["step memory"][name]) for name in parts), style="bold")
+    table.add_row("peak memory", *(_mebibytes(result["step memory"][name]) for name in names), style="bold")
     console.print(table)
 
 
@@ -252,12 +253,19 @@ def _save(figure, path: Path) -> None:
 def summary(console: Console, run: Run, backends: dict[str, str], result: dict) -> None:
     """Everything about one run."""
     steps = len(result["steps"])
+    console.rule(f"[bold]{run.name}[/]: fastgan against {', '.join(run.plain)}")
     print_times(console, result)
     print_parts(console, result)
-    print_sweep(console, result["sweep"], result["memory budget"])
+    if result["sweep"]:
+        print_sweep(console, result["sweep"], result["memory budget"])
     print_samples(console, result["samples"])
     print_verdict(console, result["verdict"], steps)
-    if "reference" in backends.values():
+    for times in result["step times"]:
+        gain = times["speedup over"][run.best_plain]["median"]
+        console.print(
+            f"[bold]{run.name}[/]: a training step is {gain:.2f}x faster than {run.best_plain} ({times['allocator']} allocator)."
+        )
+    if any(backends[op] == "reference" for op in run.operators):
         console.print(
             "[yellow]No native kernel served here, so what was measured as fastgan is its plain-torch reference: it bounds "
             "memory, it does not save time.[/] fastgan doctor says why."

@@ -82,7 +82,8 @@ def _one(run: Run, options: argparse.Namespace, console: Console) -> dict:
     images, labels = digits()
     judge = report.Judge(images, labels, options.seed)
     data = _data(options)
-    free_steps = 4 if quick else 40
+    free_steps = 4 if quick else 40 if run.has_layer else 10
+    steps = min(options.steps, run.steps or options.steps)
     sizes = [2**i for i in (range(5, 7) if quick else range(6, 14))]
     columns = (
         TextColumn("{task.description:24}"),
@@ -93,10 +94,11 @@ def _one(run: Run, options: argparse.Namespace, console: Console) -> dict:
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console) as progress:
-        training = progress.add_task("training in lockstep", total=options.steps, note="")
+        training = progress.add_task("training in lockstep", total=steps, note="")
         running_free = progress.add_task("running free", total=free_steps, note="")
         timing = progress.add_task("timing a step", total=3, note="")
-        sweeping = progress.add_task("growing the batch", total=len(sizes) * len(run.layers), note="")
+        if run.has_layer:
+            sweeping = progress.add_task("growing the batch", total=len(sizes) * len(run.forms), note="")
 
         untrained = report.sample(
             compare.make_gans(run, device, options.seed)["fastgan"].generator, JUDGED, options.seed, device
@@ -106,7 +108,7 @@ def _one(run: Run, options: argparse.Namespace, console: Console) -> dict:
             losses = f"loss D {record['discriminator']['fastgan loss']:.3f}  G {record['generator']['fastgan loss']:.3f}"
             progress.update(training, advance=1, note=losses)
 
-        trained_gan, records = compare.lockstep(run, device, options.seed, data, options.steps, 2 if quick else 10, after_step)
+        trained_gan, records = compare.lockstep(run, device, options.seed, data, steps, 2 if quick else 10, after_step)
         verdict = compare.verdict(records)
         distances = compare.divergence(run, device, options.seed, data, free_steps, lambda: progress.advance(running_free))
 
@@ -114,24 +116,26 @@ def _one(run: Run, options: argparse.Namespace, console: Console) -> dict:
         progress.advance(timing)
         gans = compare.make_gans(run, device, options.seed)
         batch = next(data)
-        parts = compare.step_parts(gans, batch, rounds=2 if quick else 5)
+        parts = compare.step_parts(gans, batch, rounds=2 if quick else 5) if run.has_layer else None
         progress.advance(timing)
         memory = compare.step_memory(gans, batch)
         progress.advance(timing)
 
-        budget = sweep.memory_budget(options.memory_budget, device)
-        points = sweep.sweep(run.layers, device, sizes, budget, 0.5 if quick else 8.0, lambda: progress.advance(sweeping))
+        budget, points = sweep.memory_budget(options.memory_budget, device), None
+        if run.has_layer:
+            points = sweep.sweep(run.forms, device, sizes, budget, 0.5 if quick else 8.0, lambda: progress.advance(sweeping))
     trained = report.sample(trained_gan.generator, JUDGED, options.seed, device)
 
     def plot(kind: str) -> Path:
         return options.out / f"{run.name}-{kind}.png"
 
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else psutil.virtual_memory().total
-    report.plot_samples(plot("samples"), images, trained, options.steps)
+    report.plot_samples(plot("samples"), images, trained, steps)
     report.plot_losses(plot("losses"), records, verdict)
     report.plot_divergence(plot("divergence"), distances)
-    report.plot_parts(plot("parts"), parts)
-    report.plot_sweep(plot("sweep"), points, budget, total)
+    if run.has_layer:
+        report.plot_parts(plot("parts"), parts)
+        report.plot_sweep(plot("sweep"), points, budget, total)
     return {
         "allocator": measure.allocator(),
         "compared with": run.best_plain,
