@@ -20,12 +20,13 @@ def section(name: str, results: dict) -> list[str]:
     ]
     for tuned, default in zip(results["tuned"]["cases"], results["default"]["cases"], strict=True):
         rows = (tuned, default)
-        best = tuned["best"]
+        best, fastest = tuned["best"], [row.get("ours", OURS) for row in (tuned, default)]
 
         def both(pick, form, rows=rows):
             return " / ".join(form.format(pick(row)) for row in rows)
 
-        ours = both(lambda row: row["seconds"][OURS]["median"] * 1e3, "{:.2f}")
+        ours = both(lambda row: row["seconds"][row.get("ours", OURS)]["median"] * 1e3, "{:.2f}")
+        ours += "".join(dict.fromkeys(name.removeprefix(OURS) for name in fastest))
         theirs = both(lambda row, best=best: row["seconds"][best]["median"] * 1e3, "{:.2f}")
         gain = both(lambda row, best=best: row["speedup"][best]["median"], "{:.1f}x")
         others = ", ".join(
@@ -33,7 +34,7 @@ def section(name: str, results: dict) -> list[str]:
             for other in tuned["speedup"]
             if other != best
         )
-        memory = " / ".join("?" if (b := tuned["peak_bytes"][n]) is None else f"{b / 2**20:.0f}" for n in (OURS, best))
+        memory = " / ".join("?" if (b := tuned["peak_bytes"][n]) is None else f"{b / 2**20:.0f}" for n in (fastest[0], best))
         lines.append(
             f"| {tuned['op']} | {tuned['shape']} | {tuned['mode']} | {ours} | {best} {theirs} | {gain} | {others} | {memory} |"
         )
