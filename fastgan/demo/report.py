@@ -262,9 +262,8 @@ def summary(console: Console, run: Run, backends: dict[str, str], result: dict) 
     print_verdict(console, result["verdict"], steps)
     for times in result["step times"]:
         gain = times["speedup over"][run.best_plain]["median"]
-        console.print(
-            f"[bold]{run.name}[/]: a training step is {gain:.2f}x faster than {run.best_plain} ({times['allocator']} allocator)."
-        )
+        setting = f"{times['allocator']} allocator"
+        console.print(f"[bold]{run.name}[/]: a training step is {gain:.2f}x faster than {run.best_plain} ({setting}).")
     if any(backends[op] == "reference" for op in run.operators):
         console.print(
             "[yellow]No native kernel served here, so what was measured as fastgan is its plain-torch reference: it bounds "
