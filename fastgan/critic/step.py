@@ -212,7 +212,13 @@ class _Step:
     def _may_join(self, part, forms):
         r1, r2 = forms["r1"], forms["r2"]
         alike = (r1 is None) == (r2 is None) and (r1 is None or r1.weight == r2.weight)
-        if not alike or part.real_args or part.fake_args or self.method not in ("auto", "fused"):
+        if (
+            self.replica.ddp is not None
+            or not alike
+            or part.real_args
+            or part.fake_args
+            or self.method not in ("auto", "fused")
+        ):
             return None
         return joining.situation(self.critic, part.real, part.fake, self.score_fn, r1 is not None)
 
