@@ -254,3 +254,18 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "strided": strided,
     "expanded": expanded,
 }
+
+
+def instruction_sets():
+    """Those of the C++ kernels that this processor runs."""
+    import fastgan._C as C
+
+    before, found = C.isa(), []
+    for level in ("baseline", "avx2", "avx512"):
+        try:
+            C.set_isa(level)
+        except ValueError:
+            continue
+        found.append(level)
+    C.set_isa(before)
+    return found

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from samples import instruction_sets
 
 from fastgan.backends import extension
 from fastgan.critic.reduction import Form, penalty_and_seed, penalty_value
@@ -135,20 +136,6 @@ def test_under_func_transforms():
     torch.testing.assert_close(torch.func.grad(lambda g: penalty(g, "gradient_penalty")[0])(g), expected)
 
 
-def levels():
-    import fastgan._C as C
-
-    before, found = C.isa(), []
-    for level in ("baseline", "avx2", "avx512"):
-        try:
-            C.set_isa(level)
-        except ValueError:
-            continue
-        found.append(level)
-    C.set_isa(before)
-    return found
-
-
 @native
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_every_instruction_set_agrees(dtype):
@@ -156,7 +143,7 @@ def test_every_instruction_set_agrees(dtype):
 
     before, wide = C.isa(), torch.float64 if dtype == torch.float64 else torch.float32
     try:
-        for level, length in itertools.product(levels(), (*range(1, 20), 63, 64, 65, 16383, 16385, 40001)):
+        for level, length in itertools.product(instruction_sets(), (*range(1, 20), 63, 64, 65, 16383, 16385, 40001)):
             C.set_isa(level)
             g, a = (gradients(3, length, dtype=dtype).detach() * scale for scale in (1, -2))
             factors = torch.tensor([0.5, -2.0, 3.0], dtype=wide)

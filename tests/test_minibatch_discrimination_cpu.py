@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from samples import instruction_sets
 
 from fastgan.backends import calls, extension
 from fastgan.ops import minibatch_discrimination as md
@@ -14,20 +15,6 @@ pytestmark = pytest.mark.skipif(not extension.loaded, reason="fastgan._C is not 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 # One block and several, whole vectors and not, few kernels (stripes) and many, coordinates around multiples of four.
 SHAPES = [(1, 2, 3), (7, 3, 5), (64, 17, 5), (127, 2, 8), (129, 3, 4), (260, 2, 50), (200, 1, 1), (300, 1, 1), (24, 2, 130)]
-
-
-def levels():
-    import fastgan._C as C
-
-    before, found = C.isa(), []
-    for level in ("baseline", "avx2", "avx512"):
-        try:
-            C.set_isa(level)
-        except ValueError:
-            continue
-        found.append(level)
-    C.set_isa(before)
-    return found
 
 
 @pytest.fixture
@@ -81,7 +68,7 @@ def assert_like_reference(m, grad, v):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set(level, dtype, set_isa):
-    if level not in levels():
+    if level not in instruction_sets():
         pytest.skip(f"this processor doesn't run {level}")
     set_isa(level)
     for shape in SHAPES:
@@ -242,7 +229,7 @@ def spreads():
 @pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize(("spread", "m"), [pytest.param(*case, id=case[0]) for case in spreads()])
 def test_as_exact_as_torch_however_samples_spread(spread, m, level, set_isa):
-    if level not in levels():
+    if level not in instruction_sets():
         pytest.skip(f"this processor doesn't run {level}")
     set_isa(level)
     m = m.float()
