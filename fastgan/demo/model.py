@@ -266,7 +266,7 @@ class ResidualBlock(nn.Module):
 class Critic(nn.Sequential):
     """Residual blocks at 8x8 and 4x4 with bilinear downsampling between, as in R3GAN (Huang et al. 2024)."""
 
-    def __init__(self, channels: int = 40, groups: int = 4):
+    def __init__(self, channels: int = 32, groups: int = 4):
         super().__init__(
             nn.Conv2d(1, channels, 3, padding=1),
             ResidualBlock(channels, groups),
@@ -327,6 +327,6 @@ RUNS = [
         plain={"plain double backward": textbook_loss},
         best_plain="plain double backward",
         fastgan=fastgan_loss,
-        steps=40,
+        steps=30,
     ),
 ]
