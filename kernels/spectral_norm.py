@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgan._dtypes import accumulate_dtype
-from fastgan.ops.spectral_norm import _scale, _usable
+from fastgan.ops.spectral_norm import _scale, _usable, one_by_one
 
 
 @triton.jit
@@ -124,11 +124,4 @@ def spectral_norm_backward(grad, weight, u, v, sigma, dim, target, at_most):
     return _combined(g, s, ds * inner, u, v, weight, dim, True)
 
 
-def spectral_norm_multi(weights, u, v, dims, *options):
-    each = [spectral_norm(*values, *options) for values in zip(weights, u, v, dims, strict=True)]
-    normalised, new_u, new_v, sigma = zip(*each, strict=True)
-    return list(normalised), list(new_u), list(new_v), torch.stack(sigma)
-
-
-def spectral_norm_multi_backward(grads, weights, u, v, sigma, dims, *options):
-    return [spectral_norm_backward(*values, *options) for values in zip(grads, weights, u, v, sigma, dims, strict=True)]
+spectral_norm_multi, spectral_norm_multi_backward = one_by_one(spectral_norm, spectral_norm_backward)

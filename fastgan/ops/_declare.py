@@ -96,6 +96,13 @@ def _looped(call: Callable) -> Callable:
     return rule
 
 
+def save_inputs(ctx, inputs, output):
+    """A ``setup_context`` for formulas that need the operator's tensors and nothing else."""
+    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
 def declare(
     schema: str,
     *,

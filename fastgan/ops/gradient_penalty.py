@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastgan._dtypes import accumulate_dtype
-from fastgan.ops._declare import declare
+from fastgan.ops._declare import declare, save_inputs
 
 KINDS = ("gradient_penalty", "zero_centered", "power", "max")
 
@@ -142,11 +142,6 @@ def _forward_jvp(ctx, t, *_):
     return (factors * dots).sum(), dots * _unless_zero(n, torch.reciprocal), of_factors, of_seed
 
 
-def _save_inputs(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-    ctx.save_for_forward(*inputs)
-
-
 def _backward_backward(ctx, v):
     grads, factors = ctx.saved_tensors
     return backward(v, factors), _row_dots(v, grads)
@@ -179,7 +174,7 @@ backward = declare(
     "gradient_penalty_backward(Tensor grads, Tensor factors) -> Tensor",
     reference=backward_reference,
     fake=lambda grads, factors: torch.empty_like(grads),
-    setup_context=_save_inputs,
+    setup_context=save_inputs,
     backward=_backward_backward,
     jvp=_backward_jvp,
 )

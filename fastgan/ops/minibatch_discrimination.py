@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastgan._dtypes import accumulate_dtype
-from fastgan.ops._declare import declare
+from fastgan.ops._declare import declare, save_inputs
 
 # Elements of one (rows, B, K, D) temporary of the reference: bounds its memory, big enough to hide the Python loop.
 _CHUNK = 1 << 21
@@ -93,12 +93,6 @@ def _like_m(m: Tensor) -> Tensor:
 # Derivatives. Each formula calls the operators below, so it is differentiable in turn.
 
 
-def _save_inputs(ctx, inputs, output):
-    tensors = [value for value in inputs if isinstance(value, Tensor)]
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
-
-
 def _forward_backward(ctx, grad):
     (m,) = ctx.saved_tensors
     return backward(grad, m), None
@@ -154,7 +148,7 @@ forward = declare(
     "minibatch_discrimination(Tensor m, bool self_term) -> Tensor",
     reference=forward_reference,
     fake=lambda m, self_term: _like_output(m),
-    setup_context=_save_inputs,
+    setup_context=save_inputs,
     backward=_forward_backward,
     jvp=_forward_jvp,
     vmap=_vmap(lambda: forward),
@@ -163,7 +157,7 @@ backward = declare(
     "minibatch_discrimination_backward(Tensor grad, Tensor m) -> Tensor",
     reference=backward_reference,
     fake=lambda grad, m: _like_m(m),
-    setup_context=_save_inputs,
+    setup_context=save_inputs,
     backward=_backward_backward,
     jvp=_backward_jvp,
     vmap=_vmap(lambda: backward),
@@ -172,7 +166,7 @@ jvp = declare(
     "minibatch_discrimination_jvp(Tensor t, Tensor m) -> Tensor",
     reference=jvp_reference,
     fake=lambda t, m: _like_output(m),
-    setup_context=_save_inputs,
+    setup_context=save_inputs,
     backward=_jvp_backward,
     vmap=_vmap(lambda: jvp),
 )

@@ -83,14 +83,21 @@ def backward_reference(grad, weight, u, v, sigma, dim, target, at_most):
     return torch.empty_like(weight).copy_(s * g + (ds * (g * w).sum()) * _outer(u, v, weight.shape, dim))
 
 
-def multi_reference(weights, u, v, dims, *options):
-    each = [forward_reference(*values, *options) for values in zip(weights, u, v, dims, strict=True)]
-    normalised, new_u, new_v, sigma = zip(*each, strict=True)
-    return list(normalised), list(new_u), list(new_v), torch.stack(sigma)
+def one_by_one(forward, backward):
+    """The kernels on lists of weights that call those on one weight in turn."""
+
+    def multi(weights, u, v, dims, *options):
+        each = [forward(*values, *options) for values in zip(weights, u, v, dims, strict=True)]
+        normalised, new_u, new_v, sigma = zip(*each, strict=True)
+        return list(normalised), list(new_u), list(new_v), torch.stack(sigma)
+
+    def multi_backward(grads, weights, u, v, sigma, dims, *options):
+        return [backward(*values, *options) for values in zip(grads, weights, u, v, sigma, dims, strict=True)]
+
+    return multi, multi_backward
 
 
-def multi_backward_reference(grads, weights, u, v, sigma, dims, *options):
-    return [backward_reference(*values, *options) for values in zip(grads, weights, u, v, sigma, dims, strict=True)]
+multi_reference, multi_backward_reference = one_by_one(forward_reference, backward_reference)
 
 
 def _like_outputs(weight, u, v, *_):
