@@ -208,18 +208,22 @@ class Permuted(nn.Module):
         return self.out(F.leaky_relu(self.b(h), 0.2) + self.b(h[self.order]).abs())
 
 
+def check_step(ours, eager, real, fake, method):
+    ours.zero_grad()
+    eager.zero_grad()
+    step = fastgan.critic_step(ours, real, fake, **R12)
+    step.loss.backward()
+    textbook(eager, real, fake, **R12)[0].backward()
+    assert step.method == method, step.why
+    assert reference.error(reference.grads(ours), reference.grads(eager)) <= 1e-12
+
+
 def test_value_dependent_permutation_with_a_cached_proof():
     ours, eager = build(Permuted)
     real, fake = batch()
     for order, method in (([0, 1, 2, 3], "fused"), ([0, 1, 2, 3], "fused"), ([3, 0, 1, 2], "double_backward")):
         ours.order = eager.order = torch.tensor(order)
-        ours.zero_grad()
-        eager.zero_grad()
-        step = fastgan.critic_step(ours, real, fake, **R12)
-        step.loss.backward()
-        textbook(eager, real, fake, **R12)[0].backward()
-        assert step.method == method, step.why
-        assert reference.error(reference.grads(ours), reference.grads(eager)) <= 1e-12
+        check_step(ours, eager, real, fake, method)
 
 
 def test_permutation_by_a_constant_matrix_with_a_cached_proof():
@@ -237,13 +241,7 @@ def test_permutation_by_a_constant_matrix_with_a_cached_proof():
     real, fake = batch()
     for shift, method in ((0, "fused"), (0, "fused"), (1, "double_backward")):
         ours.order = eager.order = torch.eye(4).double().roll(shift, 0)
-        ours.zero_grad()
-        eager.zero_grad()
-        step = fastgan.critic_step(ours, real, fake, **R12)
-        step.loss.backward()
-        textbook(eager, real, fake, **R12)[0].backward()
-        assert step.method == method, step.why
-        assert reference.error(reference.grads(ours), reference.grads(eager)) <= 1e-12
+        check_step(ours, eager, real, fake, method)
 
 
 def test_coupling_that_slips_past_a_proof_is_an_error_not_a_wrong_gradient(monkeypatch):
