@@ -230,7 +230,8 @@ class Program:
     """Captured forwards, loss and all passes of the engine as one compiled function of tensors."""
 
     def __init__(self, capture, task, args, used):
-        module, places, batches = capture.module, capture.places, list(task.inputs)
+        module, places = capture.module, capture.places
+        self.places, self.batches = places, list(task.inputs)
         roots = {name: next(k for k, a in enumerate(args) if a is x) for name, x in task.inputs.items()}
         self.weighted, self.used = list(task.weights), used
         methods = {name: method for name, (method, _) in used.items()}
@@ -241,10 +242,7 @@ class Program:
             leaves = [t.detach().requires_grad_(True) if g else t for t, g in zip(flat[n:], needs_grad, strict=True)]
             with torch.enable_grad():
                 outputs = module(*leaves)
-                scores = {name: [] for name in batches}
-                for label, place in places.items():
-                    if label != "value":
-                        scores[label[0]].append(outputs[place])
+                scores = self.scores_in(outputs)
                 inputs = {name: leaves[k] for name, k in roots.items()}
                 weights = dict(zip(self.weighted, flat[:n], strict=True))
                 traced = Task(inputs, {}, None, task.forms, weights, methods)
@@ -265,10 +263,18 @@ class Program:
         with torch.no_grad():
             # attributes of the captured module are its constants, and stay what they are
             graph = make_fx(whole, tracing_mode="fake", _allow_non_fake_inputs=True)(*[t.detach() for t in flat])
-        self.places, self.device = places, args[roots["real"]].device.type
+        self.device = args[roots["real"]].device.type
         with torch.no_grad(), torch.autocast(self.device, enabled=False):
             self.function = capture.step.backend(graph, flat, **capture.step.options)
         torch.clear_autocast_cache()  # of what was traced
+
+    def scores_in(self, outputs):
+        """By batch name."""
+        scores = {name: [] for name in self.batches}
+        for label, place in self.places.items():
+            if label != "value":
+                scores[label[0]].append(outputs[place])
+        return scores
 
     def __call__(self, task, args):
         """(Outcome, outputs of the captured graph)."""
@@ -280,12 +286,8 @@ class Program:
         checks = [(next(found), message) for message in self.messages]
         leaves = {id(args[k]): args[k] for k in self.targets}
         gradients = {id(args[k]): next(found) for k in self.targets}
-        scores = {name: [] for name in task.inputs}
-        for label, place in self.places.items():
-            if label != "value":
-                scores[label[0]].append(outputs[place])
         value = outputs[self.places["value"]]
-        return Outcome(scores, value, penalty, norms, gradients, leaves, self.used, checks), outputs
+        return Outcome(self.scores_in(outputs), value, penalty, norms, gradients, leaves, self.used, checks), outputs
 
 
 def step_for(critic, backend):

@@ -1,7 +1,6 @@
 """One recorded call of the critic: its input leaf, its scores, and how to repeat it without side effects."""
 
 import contextlib
-import warnings
 import weakref
 
 import torch
@@ -108,11 +107,3 @@ def leaves_of(nodes):
             leaf = node.variable
             found[id(leaf)] = leaf
     return found
-
-
-@contextlib.contextmanager
-def quiet_graph_warnings():
-    """create_graph inside autograd.grad is fine here: nothing keeps the graph alive in a cycle."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Using backward.*create_graph")
-        yield

@@ -64,9 +64,8 @@ def hides_state(module):
 
 def situation(critic, real, fake, score_fn, penalised):
     """What a proof is keyed on besides the graph; None where real and fake can't be joined for a reason seen from outside."""
-    plain = isinstance(critic, torch.nn.Module) and not isinstance(critic, torch.nn.parallel.DistributedDataParallel)
     if (
-        not plain
+        not isinstance(critic, torch.nn.Module)
         or not torch.is_grad_enabled()
         or real.shape != fake.shape
         or real.dtype != fake.dtype

@@ -8,6 +8,9 @@ import torch
 from fastgan._dtypes import accumulate_dtype
 from fastgan.ops import gradient_penalty as penalty_op
 
+#: batch of a critic step -> the penalty taken there
+PENALTY_AT = {"real": "r1", "fake": "r2", "gp": "gp"}
+
 
 @dataclass(frozen=True)
 class Form:

@@ -13,7 +13,7 @@ from .deliver import Delivery
 from .forward import Forward, unwrap
 from .inputs import check_batch, check_pair, interpolate, scale_of
 from .outputs import like_output
-from .reduction import Form
+from .reduction import PENALTY_AT, Form
 from .replicas import Replica, refuse_sharded
 
 __all__ = ["CriticStep", "critic_step"]
@@ -227,14 +227,14 @@ class _Step:
         if self.loss.separable:
             # one batch is finished, and its memory free, before the next is forwarded
             for name, term in (("real", self.loss.real_term), ("fake", self.loss.fake_term)):
-                forward = self.forward(getattr(part, name), getattr(part, name + "_args"), _form(forms, name) is not None)
+                forward = self.forward(getattr(part, name), getattr(part, name + "_args"), forms[PENALTY_AT[name]] is not None)
                 value, (cotangents,) = _derivatives(term, [forward.detached()], share)
                 self.adversarial = self.adversarial + value
                 self._branch(name, forward, cotangents, forms, share)
                 del forward
         else:
             forwards = {
-                name: self.forward(getattr(part, name), getattr(part, name + "_args"), _form(forms, name) is not None)
+                name: self.forward(getattr(part, name), getattr(part, name + "_args"), forms[PENALTY_AT[name]] is not None)
                 for name in ("real", "fake")
             }
             value, pair = _derivatives(self.loss, [forwards["real"].detached(), forwards["fake"].detached()], share)
@@ -244,17 +244,17 @@ class _Step:
 
     def _joint(self, part, forms, forward=None):
         b = part.real.shape[0]
-        args = tuple(
-            torch.cat([r, f]) if isinstance(r, torch.Tensor) and r.dim() else r
-            for r, f in zip(part.real_args, part.fake_args, strict=False)
-        )
-        both = torch.cat([part.real.detach(), part.fake.detach()])
         r1, r2 = forms["r1"], forms["r2"]
         if (r1 is None) != (r2 is None) or (r1 is not None and r1.weight != r2.weight):
             raise ValueError("joint=True runs real and fake as one batch: r1 and r2 must be equal")
         if part.real.shape[0] != part.fake.shape[0]:
             raise ValueError("joint=True needs equally many reals and fakes")
-        forward = self.forward(both, args, r1 is not None) if forward is None else forward
+        if forward is None:
+            args = tuple(
+                torch.cat([r, f]) if isinstance(r, torch.Tensor) and r.dim() else r
+                for r, f in zip(part.real_args, part.fake_args, strict=False)
+            )
+            forward = self.forward(torch.cat([part.real.detach(), part.fake.detach()]), args, r1 is not None)
         scores = forward.detached()
         value, pair = _derivatives(self.loss, [[s[:b] for s in scores], [s[b:] for s in scores]], part.share)
         self.adversarial = self.adversarial + value
@@ -272,11 +272,11 @@ class _Step:
 
     def _branch(self, name, forward, cotangents, forms, share):
         self.scores[name].append(forward.detached())
-        form = _form(forms, name)
+        form = forms[PENALTY_AT[name]]
         if form is None:
             self._add(engine.plain(forward, cotangents, self.scale))
         else:
-            self._penalised("r1" if name == "real" else "r2", forward, cotangents, form, share)
+            self._penalised(PENALTY_AT[name], forward, cotangents, form, share)
 
     def _penalised(self, key, forward, cotangents, form, share):
         weights = [1.0] * len(forward.scores)
@@ -307,7 +307,6 @@ class _Step:
         if self.replica.moves_buffers():
             raise NotCompiled("DistributedDataParallel broadcasts buffers before each forward")
         program = compiled.step_for(self.critic, "inductor" if compile is True else compile)
-        keys = {"real": "r1", "fake": "r2", "gp": "gp"}
         inputs = {"real": real.detach(), "fake": fake.detach()}
         between = None
         if forms["gp"] is not None:
@@ -317,7 +316,7 @@ class _Step:
                 inputs["gp"] = real.new_zeros(()).expand(real.shape)
             else:
                 inputs["gp"] = interpolate(real, fake, alpha=alpha, generator=generator, pac=pac)
-        forms = {name: forms[keys[name]] for name in inputs}
+        forms = {name: forms[PENALTY_AT[name]] for name in inputs}
         used = [name for name, form in forms.items() if form is not None]
         for name in used:
             inputs[name].requires_grad_(True)
@@ -333,8 +332,8 @@ class _Step:
         found = program(self.critic, self.loss, self.score_fn, task)
         self.adversarial, self.penalty = found.adversarial, 0.0 if found.penalty is None else found.penalty
         self.scores = {name: [found.scores[name]] for name in ("real", "fake")}
-        self.norms = {keys[name]: [norms.detach()] for name, norms in found.norms.items()}
-        self.used = {keys[name]: how for name, how in found.used.items()}
+        self.norms = {PENALTY_AT[name]: [norms.detach()] for name, norms in found.norms.items()}
+        self.used = {PENALTY_AT[name]: how for name, how in found.used.items()}
         self.total = engine.Gradients(None, None, found.gradients, found.leaves, "", "", found.checks)
         return self.finish(found.note)
 
@@ -353,10 +352,6 @@ class _Step:
             method="backward" if not methods else methods[0] if len(methods) == 1 else "mixed",
             why=("; ".join(f"{key}: {m} ({why})" for key, (m, why) in self.used.items()) or "no penalty in use") + note,
         )
-
-
-def _form(forms, name):
-    return forms["r1" if name == "real" else "r2"]
 
 
 def _joined(parts):

@@ -10,7 +10,7 @@ from fastgan._dtypes import accumulate_dtype
 
 from . import fallback
 from .outputs import like_output, score_list
-from .reduction import penalty_value
+from .reduction import PENALTY_AT, penalty_value
 
 WAY_OUT = 'leave method="auto", or call critic_step(..., compile=True) outside torch.compile'
 
@@ -39,13 +39,12 @@ def forward(critic, inputs, args, score_fn, form, scale):
 
 def results(critic, loss, score_fn, forms, parts, scale):
     """Keyword arguments of a CriticStep. ``parts``: (name, inputs, args) of the batches "real", "fake" and perhaps "gp"."""
-    keys = {"real": "r1", "fake": "r2", "gp": "gp"}
     scores, norms, penalty = {}, {}, 0.0
     for name, inputs, args in parts:
-        scores[name], value, n = forward(critic, inputs, args, score_fn, forms[keys[name]], scale)
+        scores[name], value, n = forward(critic, inputs, args, score_fn, forms[PENALTY_AT[name]], scale)
         if value is not None:
             penalty = penalty + value
-            norms[keys[name]] = n.detach()
+            norms[PENALTY_AT[name]] = n.detach()
     adversarial = loss(like_output(scores["real"]), like_output(scores["fake"])).reshape(())
     penalty = penalty if norms else torch.zeros_like(adversarial)
     return {
