@@ -1,14 +1,13 @@
 """The critic step on a DDP-wrapped critic, in two gloo processes, against the textbook step on a DDP-wrapped critic."""
 
 import copy
-import os
-import socket
 
 import critics
 import pytest
 import reference
 import torch
 import torch.nn as nn
+from ranks import on_ranks
 from test_critic_step import GP, R12, textbook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -146,19 +145,6 @@ def compiled(rank):
     assert "broadcasts buffers" in step.why
 
 
-def _enter(rank, port, target):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    try:
-        target(rank)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("target", [plain, buffers, unused, static_graph, no_sync, compiled], ids=lambda f: f.__name__)
 def test_two_processes(target):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_enter, (port, target), nprocs=2)
+    on_ranks(target)

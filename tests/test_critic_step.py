@@ -2,8 +2,6 @@
 
 import copy
 import gc
-import os
-import socket
 import weakref
 
 import critics
@@ -13,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from flops import flops
+from ranks import on_ranks
 
 import fastgan
 from fastgan import losses
@@ -636,10 +635,7 @@ def test_bad_arguments():
 # --- two processes ---------------------------------------------------------------------------------------------------
 
 
-def _rank(rank, port, find_unused, results):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _rank(rank, find_unused, results):
     torch.manual_seed(0)
     critic = nn.Sequential(critics.SharedConv()).double()
     wrapped = nn.parallel.DistributedDataParallel(critic, find_unused_parameters=find_unused)
@@ -655,15 +651,11 @@ def _rank(rank, port, find_unused, results):
         out.append((step.method, [p.grad.clone() for p in critic.parameters()]))
     if rank == 0:
         torch.save(out, results)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("find_unused", [False, True])
 def test_distributed_data_parallel(find_unused, tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, find_unused, str(tmp_path / "out")), nprocs=2)
+    on_ranks(_rank, find_unused, str(tmp_path / "out"))
     torch.manual_seed(0)
     eager = nn.Sequential(critics.SharedConv()).double()
     torch.manual_seed(10)

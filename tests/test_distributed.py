@@ -1,36 +1,13 @@
 """Minibatches across ranks: 2 gloo processes against one process with the whole batch."""
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from ranks import on_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastgan
 from fastgan.nn import MinibatchDiscrimination
-
-WORLD = 2
-
-
-def _enter(rank, port, target, arguments):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    try:
-        target(rank, *arguments)
-    finally:
-        dist.destroy_process_group()
-
-
-def on_ranks(target, *arguments):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(_enter, (port, target, arguments), nprocs=WORLD)
 
 
 def whole_batch(b=10):

@@ -7,9 +7,7 @@ autocast. "1e-6": to this relative error in float64. "refused": an error that na
 
 import contextlib
 import copy
-import os
 import re
-import socket
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ import reference
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from ranks import on_ranks
 from test_critic_step import textbook
 from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -189,10 +188,7 @@ def test_cell(row, method):
 # --- two processes ---------------------------------------------------------------------------------------------------
 
 
-def _rank(rank, port, row, results):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _rank(rank, row, results):
     rows, found = slice(4 * rank, 4 * rank + 4), {}
     real, fake = data()
     for method in METHODS:
@@ -218,15 +214,11 @@ def _rank(rank, port, row, results):
             found[method] = "refused", str(error)
     if rank == 0:
         torch.save(found, results)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("row", [row for row in TABLE if row not in ALONE])
 def test_cells_of_two_processes(row, tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, row, str(tmp_path / "out")), nprocs=2)
+    on_ranks(_rank, row, str(tmp_path / "out"))
     found = torch.load(tmp_path / "out")
     assert tuple(found[method][0] for method in METHODS) == TABLE[row], found
     for word, message in found.values():
