@@ -213,8 +213,11 @@ def spreads():
     yield "far from zero", m + 1000
     yield "very close together", m * 1e-6 + 3
     yield "all the same", torch.ones_like(m)
-    yield "at the limit", m * 5
+    yield "apart", m * 5
+    yield "at the limit", m * 17
     yield "far apart", m * 300
+    yield "many coordinates", torch.randn(150, 2, 90, generator=random, dtype=torch.float64) / 90
+    yield "one coordinate that spreads", m * torch.tensor([20.0, 1, 1, 1, 1, 1, 1], dtype=torch.float64)
     outlier = m.clone()
     outlier[17, 1, 2] = 1e6
     yield "one far away", outlier

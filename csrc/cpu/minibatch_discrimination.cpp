@@ -197,17 +197,18 @@ template <class S, Operator op> void run(const Problem& p) {
       const auto totals = allocate<double>(total_size);
       for (int64_t k = begin; k < end; ++k) {
         std::fill_n(totals.get(), total_size, 0.0);
-        const T quantum = pack(p, k, packed.get(), lowest.get());
-        pairs(packed.get(), quantum, totals.get(), scratch.get(), p.B, p.D, p.self_term, 0, 1);
+        const int shift = pack(p, k, packed.get(), lowest.get());
+        pairs(packed.get(), shift, totals.get(), scratch.get(), p.B, p.D, p.self_term, 0, 1);
         write<S, op>(p, k, totals.get(), total_size, 1);
       }
     });
     return;
   }
-  const auto packed = allocate<T>(packed_size * p.K), lowest = allocate<T>(p.D * p.K), quantum = allocate<T>(p.K);
+  const auto packed = allocate<T>(packed_size * p.K), lowest = allocate<T>(p.D * p.K);
+  std::vector<int> shift(p.K);
   const auto totals = allocate<double>(total_size * stripes * p.K);
   torch::stable::parallel_for(0, p.K, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) quantum[k] = pack(p, k, packed.get() + k * packed_size, lowest.get() + k * p.D);
+    for (int64_t k = begin; k < end; ++k) shift[k] = pack(p, k, packed.get() + k * packed_size, lowest.get() + k * p.D);
   });
   torch::stable::parallel_for(0, p.K * stripes, grain, [&](int64_t begin, int64_t end) {
     const auto scratch = allocate<T>(block_size);
@@ -215,7 +216,7 @@ template <class S, Operator op> void run(const Problem& p) {
       double* own = totals.get() + task * total_size;
       std::fill_n(own, total_size, 0.0);
       const int64_t k = task / stripes;
-      pairs(packed.get() + k * packed_size, quantum[k], own, scratch.get(), p.B, p.D, p.self_term, task % stripes, stripes);
+      pairs(packed.get() + k * packed_size, shift[k], own, scratch.get(), p.B, p.D, p.self_term, task % stripes, stripes);
     }
   });
   torch::stable::parallel_for(0, p.K, 1, [&](int64_t begin, int64_t end) {

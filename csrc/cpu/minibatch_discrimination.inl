@@ -14,23 +14,38 @@ template <class T> constexpr int kTile = kLanes<T> < 4 ? kLanes<T> : 4;
 // Distances in fixed point. |a - b| = 2 max(a, b) - a - b, and of a sum of it over coordinates only max and addition are left
 // to do per pair: 2 instructions a coordinate instead of 3, on integers, which more of a processor's units work on than on
 // floats. In floats the identity would lose digits; in integers it is exact. Coordinates are written as multiples of a quantum
-// above the smallest one, with the quantum such that no distance exceeds 2^31 of them. What that rounds off a distance is
-// sqrt(D / 6) quanta in the root mean square; samples that spread so far that it would exceed kRoundOff, a quarter of the
-// rounding of a float near 1 (or that aren't finite) keep their floats.
+// above the smallest one. The quantum is ln(2) 2^-s: the bits of a distance in quanta, from s on, are then the exponent of
+// exp(-distance), with neither a conversion nor a product. s is as large as it may be without a distance exceeding 2^32 quanta
+// or a coordinate 2^31. What the quantum rounds off a distance is sqrt(D / 6) quanta in the root mean square; samples that
+// spread so far that it would exceed kRoundOff, a quarter of the rounding of a float near 1 (or that aren't finite) keep their
+// floats.
 constexpr bool kFixedPoint = FASTGAN_ISA >= 2;
-constexpr double kQuanta = 2147483000.0, kRoundOff = 1.0 / (1 << 25);
+constexpr double kRoundOff = 1.0 / (1 << 25);
+constexpr int kMantissa = 23;
+
+// s - kMantissa for samples that spread so far in all coordinates together and in the widest, in units of ln(2); 0: too far.
+static inline int fixed_point_shift(double spread, double widest, int64_t D) {
+  constexpr double most = 4294967295.0, unit = 0.6931471805599453;
+  if (!(spread <= 124)) return 0;  // the least exp(-distance) is a normal number
+  for (int shift = 8; shift > 0; --shift) {
+    const double scale = double(int64_t(1) << (shift + kMantissa));
+    if (spread * scale + scale / 2 + 2 * D <= most && widest * scale <= most / 2 - 2)
+      return unit / scale * std::sqrt(D / 6.0) <= kRoundOff ? shift : 0;
+  }
+  return 0;
+}
 
 // The packed blocks' coordinates in fixed point: doubled in the rows from fixed_row on, and minus their sum, not doubled, in
-// the row after them. Returns the quantum, or 0 where the samples spread too far. lowest holds D values in between.
-template <Operator op> FASTGAN_INLINE float to_fixed_point(float* packed, float* lowest, int64_t B, int64_t D) {
+// the row after them, with half of what rounds a distance to the bits that exp_minus_of_fixed_point takes. Returns s - kMantissa,
+// or 0 where the samples spread too far. lowest holds D values in between.
+template <Operator op> FASTGAN_INLINE int to_fixed_point(float* packed, float* lowest, int64_t B, int64_t D) {
   using Flags = Layout<op>;
   using V = FloatVector;
-  typedef float HalfVector __attribute__((vector_size(kVectorBytes / 2)));
   typedef int32_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
   constexpr int N = kLanes<float>;
   constexpr int64_t stride = kStride<float>;
   const int64_t block_size = Flags::packed_rows(D) * stride;
-  double spread = 0;
+  double spread = 0, widest = 0;
   for (int64_t d = 0; d < D; ++d) {
     V low = load(packed + d * stride), high = low, not_finite = {};
     const float* x = packed + d * stride;
@@ -47,22 +62,23 @@ template <Operator op> FASTGAN_INLINE float to_fixed_point(float* packed, float*
       largest = high[lane] > largest ? high[lane] : largest;
     }
     lowest[d] = smallest;
-    spread += double(largest) - double(smallest) + sum<float>(not_finite);
+    const double range = (double(largest) - double(smallest)) * 1.4426950408889634;
+    spread += range + sum<float>(not_finite);
+    widest = range > widest ? range : widest;
   }
-  const double quantum = spread / kQuanta;
-  if (!(spread <= kLargestExponent && quantum * std::sqrt(D / 6.0) <= kRoundOff)) return 0;
-  const double scale = spread > 0 ? kQuanta / spread : 0;
+  const int shift = fixed_point_shift(spread, widest, D);
+  if (shift == 0) return 0;
+  const double scale = double(int64_t(1) << (shift + kMantissa)) * 1.4426950408889634;
+  const int32_t half = (1 << (shift + kMantissa - 2)) + (1 << shift >> 2);
   for (int64_t b = 0; b < B; b += kRows, packed += block_size) {
     float* sums = packed + (Flags::fixed_row(D) + D) * stride;
-    for (int64_t r = 0; r < kRows && b + r < B; r += N) store(sums + r, V{});
+    for (int64_t r = 0; r < kRows && b + r < B; r += N) store(sums + r, from_bits(broadcast_bits(half)));
     for (int64_t d = 0; d < D; ++d) {
       const DoubleVector offset = broadcast(0.5 - lowest[d] * scale);
       for (int64_t r = 0; r < kRows && b + r < B; r += N / 2) {
-        HalfVector x;
         HalfBits total;
-        std::memcpy(&x, packed + d * stride + r, sizeof x);
         std::memcpy(&total, sums + r, sizeof total);
-        const HalfBits value = __builtin_convertvector(__builtin_convertvector(x, DoubleVector) * scale + offset, HalfBits);
+        const HalfBits value = __builtin_convertvector(in_double(packed + d * stride + r) * scale + offset, HalfBits);
         const HalfBits doubled = value << 1;
         total -= value;
         std::memcpy(packed + (Flags::fixed_row(D) + d) * stride + r, &doubled, sizeof doubled);
@@ -70,7 +86,7 @@ template <Operator op> FASTGAN_INLINE float to_fixed_point(float* packed, float*
       }
     }
   }
-  return float(quantum);
+  return shift;
 }
 
 // The two blocks of a pair: i < j, or the same one.
@@ -80,7 +96,7 @@ template <class T> struct BlockPair {
   T* sums_j;  // laid out as totals
   int64_t rows_i, rows_j;
   bool same, self_term;
-  T quantum;  // of the coordinates in fixed point, or 0 where there are none
+  int shift;  // of distances in fixed point, or 0 where there are none
 };
 
 // Adds coordinates d .. d + count to the distances and p. The distance grows by the sum of the chunk: fewer roundings at
@@ -127,8 +143,38 @@ FASTGAN_INLINE void pair_values(const T* xi, const T* xj, int64_t D, Vector<T> (
     }
 }
 
+// exp(-ln(2) x 2^-(shift + 23)) of each x, to 1 ulp or so, exactly 1 for 0. x holds 2^(shift + 22) too much, which makes t lie
+// around 0, and half a bit of what the shift drops. 2^-t is a polynomial with the least relative error on [-1/2, 1/2]. One step
+// for all of them before the next: in a row they would be too long a chain for a processor to see the next one.
 template <int I, int J>
-FASTGAN_INLINE void pair_values_in_fixed_point(const float* xi, const float* xj, int64_t D, float quantum,
+FASTGAN_INLINE void exp_minus_of_fixed_point(UInt32Vector (&x)[I][J], UInt32Vector shift, FloatVector (&e)[I][J]) {
+  constexpr float factors[] = {-0.001339887441f, 0.009618437358f, -0.05550332471f, 0.2402264791f, -0.6931472029f, 1};
+  FloatVector t[I][J];
+#pragma GCC unroll 8
+  for (int i = 0; i < I; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) {
+      x[i][j] >>= shift;
+      t[i][j] = from_bits((Int32Vector)((x[i][j] & 0x7fffff) | 0x3f800000)) - 1.5f;
+      x[i][j] &= 0xff800000;
+      e[i][j] = broadcast(0.0001535336191f);
+    }
+#pragma GCC unroll 8
+  for (float factor : factors) {
+    const FloatVector f = opaque(broadcast(factor));  // loaded once
+#pragma GCC unroll 8
+    for (int i = 0; i < I; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < J; ++j) e[i][j] = e[i][j] * t[i][j] + f;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < I; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) e[i][j] = from_bits(bits(e[i][j]) - (Int32Vector)x[i][j]);
+}
+
+template <int I, int J>
+FASTGAN_INLINE void pair_values_in_fixed_point(const float* xi, const float* xj, int64_t D, int shift,
                                                FloatVector (&value)[I][J]) {
   constexpr int64_t stride = kStride<float>;
   const auto row_of = [](const float* x, int64_t d) { return (UInt32Vector)load(x + d * stride); };
@@ -154,11 +200,7 @@ FASTGAN_INLINE void pair_values_in_fixed_point(const float* xi, const float* xj,
       for (int j = 0; j < J; ++j) distance[i][j] += larger(x[j], own);
     }
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < I; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < J; ++j)
-      value[i][j] = exp_minus_of_small(__builtin_convertvector((Int32Vector)distance[i][j], FloatVector) * quantum);
+  exp_minus_of_fixed_point(distance, opaque(shift - UInt32Vector{}), value);
 }
 
 // Samples i0.. against the vectors [first, last) of block j, after the vector diagonal (if any) for the j side alone.
@@ -175,7 +217,7 @@ template <class T, Operator op, bool fixed_point> struct Tile {
   template <int columns> inline __attribute__((always_inline)) void pairs(int64_t c, V (&value)[I][columns]) const {
     if constexpr (fixed_point) {
       const int64_t row = Flags::fixed_row(D) * stride;
-      pair_values_in_fixed_point<I, columns>(block.i + row + i0, block.j + row + c * N, D, block.quantum, value);
+      pair_values_in_fixed_point<I, columns>(block.i + row + i0, block.j + row + c * N, D, block.shift, value);
     } else {
       pair_values<T, Flags::tangent, I, columns>(block.i + i0, block.j + c * N, D, value);
     }
@@ -261,7 +303,7 @@ template <class T, Operator op, bool fixed_point> struct Tile {
         for (int i = 0; i < I; ++i) {
           const V w = load(weights + i * kRows + c * N), sign = scaled_sign(x - a[i]);
           if (i < I / 2) {  // half of the work on the adders, where the other half leaves them idle
-            const V signed_w = rounded(w * sign);
+            const V signed_w = opaque(w * sign);
             sum_j = i == 0 ? signed_w : sum_j + signed_w;
             sums_i[i] -= signed_w;
           } else {
@@ -299,7 +341,7 @@ FASTGAN_INLINE int64_t rows_of_block(int64_t B, int64_t block) {
 
 // Every stripes-th pair of blocks, from stripe on. scratch holds one block of totals in T.
 template <class T, Operator op>
-void pairs(const T* packed, T quantum, double* totals, T* scratch, int64_t B, int64_t D, bool self_term, int64_t stripe,
+void pairs(const T* packed, int shift, double* totals, T* scratch, int64_t B, int64_t D, bool self_term, int64_t stripe,
            int64_t stripes) {
   using Flags = Layout<op>;
   constexpr int64_t stride = kStride<T>;
@@ -310,9 +352,9 @@ void pairs(const T* packed, T quantum, double* totals, T* scratch, int64_t B, in
       if (index++ % stripes == stripe) {
         double* block_totals = totals + Flags::total_rows(D) * stride * j;
         const BlockPair<T> block{packed + Flags::packed_rows(D) * stride * i, packed + Flags::packed_rows(D) * stride * j,
-                                 totals + Flags::total_rows(D) * stride * i, scratch, rows_of_block(B, i), rows_of_block(B, j), i == j, self_term, quantum};
+                                 totals + Flags::total_rows(D) * stride * i, scratch, rows_of_block(B, i), rows_of_block(B, j), i == j, self_term, shift};
         if constexpr (kFixedPoint && Flags::fixed_point && std::is_same_v<T, float>)
-          if (quantum > 0) {
+          if (shift > 0) {
             block_pair<T, op, true>(block, D, block_totals);
             continue;
           }
@@ -320,12 +362,48 @@ void pairs(const T* packed, T quantum, double* totals, T* scratch, int64_t B, in
       }
 }
 
+#if FASTGAN_ISA >= 2
+// 8 samples' coordinates, each sample's in one run of memory, into rows: 8 x 8 numbers at a time change places in registers.
+FASTGAN_INLINE void transpose(const float* from, int64_t sample, int64_t D, float factor, float* out) {
+  for (int64_t d = 0; d < D; d += 8, from += 8, out += 8 * kStride<float>) {
+    __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(int(D - d)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    __m256 x[8], pairs[8], fours[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) x[i] = _mm256_maskload_ps(from + i * sample, mask);
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+      pairs[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+      pairs[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4)
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        fours[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
+        fours[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
+      }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const __m256 row = _mm256_permute2f128_ps(fours[i & 3], fours[(i & 3) + 4], i < 4 ? 0x20 : 0x31);
+      if (i < D - d) _mm256_storeu_ps(out + i * kStride<float>, row * factor + 0.0f);
+    }
+  }
+}
+#endif
+
 // Packing. Coordinates lie in rows of samples. -0 becomes +0, which scaled_sign wants; the factor turns grad and v into
 // what makes sums of scaled signs come out as the specification's: its minus sign, and 1 / kSign.
 template <class S, class T>
 FASTGAN_INLINE void pack_rows(const Strided& in, int64_t b, int64_t k, int64_t rows, int64_t D, T factor, T* out) {
   constexpr int N = kLanes<T>;
   int64_t r = 0;
+#if FASTGAN_ISA >= 2
+  if constexpr (std::is_same_v<S, float>)
+    if (in.stride[2] == 1)
+      for (; r + N <= rows; r += N)
+        for (int64_t part = r; part < r + N; part += 8)
+          transpose(in.at<S>(b + part, k, 0), in.stride[0], D, factor, out + part);
+#endif
   for (; r + N <= rows; r += N) {
     const S* from = in.at<S>(b + r, k, 0);
     for (int64_t d = 0; d < D; ++d) {
@@ -341,8 +419,8 @@ FASTGAN_INLINE void pack_rows(const Strided& in, int64_t b, int64_t k, int64_t r
   }
 }
 
-// Returns the quantum of the coordinates in fixed point, or 0 where there are none.
-template <class S, class T, Operator op> T pack(const Problem& problem, int64_t k, T* const all_packed, T* lowest) {
+// Returns the shift of distances in fixed point, or 0 where there are none.
+template <class S, class T, Operator op> int pack(const Problem& problem, int64_t k, T* const all_packed, T* lowest) {
   using Flags = Layout<op>;
   const int64_t D = problem.D;
   T* packed = all_packed;

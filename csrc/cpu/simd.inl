@@ -67,8 +67,8 @@ FASTGAN_INLINE FloatVector difference(FloatVector a, FloatVector b) {
 }
 FASTGAN_INLINE DoubleVector difference(DoubleVector a, DoubleVector b) { return a - b; }
 
-// x, which is a product: keeps the compiler from fusing it with the additions it goes into.
-template <class V> FASTGAN_INLINE V rounded(V x) {
+// x, which the compiler doesn't look through: it neither fuses a product with what it goes into nor folds a constant.
+template <class V> FASTGAN_INLINE V opaque(V x) {
 #if FASTGAN_ISA >= 2
   asm("" : "+x"(x));
 #endif
@@ -213,6 +213,17 @@ template <class T> FASTGAN_INLINE T sum(Vector<T> x) {
   return lanes[0];
 }
 
+// As many floats as a vector holds doubles, in double. GCC would convert what it loads in halves.
+FASTGAN_INLINE DoubleVector in_double(const float* p) {
+#if FASTGAN_ISA == 512
+  return (DoubleVector)_mm512_maskz_cvtps_pd(__mmask8(-1), _mm256_loadu_ps(p));
+#elif FASTGAN_ISA == 2
+  return (DoubleVector)_mm256_cvtps_pd(_mm_loadu_ps(p));
+#else
+  return DoubleVector{p[0], p[1]};
+#endif
+}
+
 // The sum of squares, in double: those of a float overflow and underflow too early.
 typedef float HalfAsManyFloats __attribute__((vector_size(kVectorBytes / 2)));
 FASTGAN_INLINE void add_squares(DoubleVector (&sums)[2], DoubleVector x) { sums[0] += x * x; }
@@ -288,8 +299,8 @@ template <> inline __attribute__((always_inline)) void add_lane_sums<double, 4>(
 // exp(-x) = 2^n exp(-r), n = round(-x / ln 2), |r| <= ln(2) / 2. Adding 1.5 * 2^23 (2^52) rounds to an integer, and as
 // the exponent's bias is added with it the lowest bits of the sum are the exponent of 2^n: 0, which reads as the number
 // 0, where x is at its limit. Without fused multiply-add the two parts of ln 2 keep n * ln 2 exact enough.
-constexpr float kLargestExponent = 88;
-FASTGAN_INLINE FloatVector exp_minus_of_small(FloatVector x) {  // x <= kLargestExponent
+FASTGAN_INLINE FloatVector exp_minus(FloatVector x) {
+  x = at_most(x, 88);
   const FloatVector shifted = x * -1.44269504f + 12583039.0f;
   const FloatVector n = shifted - 12583039.0f;
 #if FASTGAN_ISA == 0
@@ -305,7 +316,6 @@ FASTGAN_INLINE FloatVector exp_minus_of_small(FloatVector x) {  // x <= kLargest
   e = e * r + 1.0f;
   return e * from_bits(bits(shifted) << 23);
 }
-FASTGAN_INLINE FloatVector exp_minus(FloatVector x) { return exp_minus_of_small(at_most(x, kLargestExponent)); }
 FASTGAN_INLINE DoubleVector exp_minus(DoubleVector x) {
   x = at_most(x, 709.0);
   const DoubleVector shifted = x * -1.4426950408889634 + 6755399441056767.0;
