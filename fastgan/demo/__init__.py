@@ -22,7 +22,12 @@ def missing_extras() -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     style = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(prog="fastgan demo", description=__doc__, formatter_class=style)
-    parser.add_argument("--steps", type=_at_least_two, default=160, help="training steps, each compared")
+    parser.add_argument(
+        "--steps",
+        type=_at_least_two,
+        default=argparse.SUPPRESS,
+        help="training steps, each compared (default: 160, or 40 where no native kernels serve)",
+    )
     parser.add_argument("--batch-size", type=_at_least_two, default=128, help="samples per step")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for plots and results.json")
     parser.add_argument("--seed", type=int, default=0)
@@ -58,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     options = _parser().parse_args(argv)
     if options.quick:
-        options.steps, options.batch_size = min(options.steps, 6), min(options.batch_size, 32)
+        options.steps, options.batch_size = min(vars(options).get("steps", 6), 6), min(options.batch_size, 32)
     if missing := missing_extras():
         print(f"fastgan demo: {', '.join(missing)} missing; pip install 'fastgan[train]'", file=sys.stderr)
         return 2
