@@ -458,6 +458,57 @@ def test_group_compiles(backend):
     assert_same_state(model, eager)
 
 
+class Repeated(nn.Module):
+    """Reads one weight three times in a forward, a shared one, and may fail after the second."""
+
+    def __init__(self, normalise):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = (normalise(nn.Linear(5, 5)).double() for _ in range(2))
+        self.fails = False
+
+    def forward(self, x):
+        x = self.first(self.second(self.first(x)))
+        if self.fails:
+            raise ArithmeticError("half way")
+        return self.first(x)
+
+
+def test_group_with_weights_read_repeatedly(backend, pair):
+    alone, grouped = Repeated(pair[0]), Repeated(pair[0])
+    fastgan.SpectralNormGroup(grouped)
+    x = torch.randn(3, 5, dtype=torch.float64)
+    for fails in (False, True, False):
+        results = []
+        for model in (alone, grouped):
+            model.fails = fails
+            try:
+                results.append(torch.autograd.grad(model(x).sin().sum(), list(model.parameters())))
+            except ArithmeticError:
+                results.append([])
+        torch.testing.assert_close(*results)
+        assert_same_state(alone, grouped)
+
+
+def test_a_weight_is_in_one_group():
+    model = critic(fastgan.spectral_norm)
+    group = fastgan.SpectralNormGroup(model[:3])
+    with pytest.raises(ValueError, match="in a group already"):
+        fastgan.SpectralNormGroup(model)
+    group.remove()
+    assert len(fastgan.SpectralNormGroup(model)) == 4
+
+
+def test_group_after_the_model_has_changed_dtype(backend):
+    model = critic(mixed)
+    fastgan.SpectralNormGroup(model)
+    x = torch.randn(2, 3, 8, 8)
+    model(x.double())
+    before = [value.clone() for value in model.buffers()]
+    assert model.float()(x).dtype == torch.float32
+    assert any(not torch.equal(a.float(), b) for a, b in zip(before, model.buffers(), strict=True))
+
+
 def test_group_errors():
     with pytest.raises(ValueError, match="refresh is 'always', expected one of 'per_forward', 'per_step'"):
         fastgan.SpectralNormGroup(critic(fastgan.spectral_norm), refresh="always")

@@ -201,10 +201,11 @@ def _multi_gradients(grads, grad_sigma, weights, u, v, sigma, dims, options) -> 
     # A layer whose result went unused takes no part; what is left is one call again.
     used = [i for i, grad in enumerate(grads) if grad is not None]
     result: list[Tensor | None] = [None] * len(weights)
-    if used:
+    if len(used) == len(weights):
+        result = multi_backward(grads, weights, u, v, sigma, dims, *options)
+    elif used:
         pick = lambda values: [values[i] for i in used]  # noqa: E731
-        some = sigma if len(used) == len(weights) else sigma[used]
-        parts = multi_backward(pick(grads), pick(weights), pick(u), pick(v), some, pick(dims), *options)
+        parts = multi_backward(pick(grads), pick(weights), pick(u), pick(v), sigma[used], pick(dims), *options)
         for i, part in zip(used, parts, strict=True):
             result[i] = part
     if grad_sigma is not None:
@@ -291,39 +292,41 @@ def _plain_eager() -> bool:
 
 
 # What layers call. autograd's time per tensor is what small layers take, so in plain eager mode it gets the normalised weights
-# alone: not u, v and sigma, which no layer differentiates.
+# alone: not u, v and sigma, which no layer differentiates. Those are constants that nothing else refers to, so backward
+# finds them on ctx: save_for_backward would only wrap them, and take them out again.
 
 
 class _One(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, computed, dim, options, weight):
-        normalised, *constants = computed
-        ctx.save_for_backward(weight, *constants)
-        ctx.options = dim, *options
+    def forward(ctx, computed, options, weight):
+        normalised, *ctx.constants = computed
+        ctx.options = options
+        ctx.save_for_backward(weight)
         return normalised
 
     @staticmethod
     def backward(ctx, grad):
-        weight, u, v, sigma = ctx.saved_tensors
+        (weight,) = ctx.saved_tensors
+        u, v, sigma = ctx.constants
         if torch.is_grad_enabled() or not _plain_eager():  # to be differentiated in turn: sigma depends on the weight
             sigma = u @ (_matrix(weight, ctx.options[0]) @ v)
-            return None, None, None, backward(grad, weight, u, v, sigma, *ctx.options)
+            return None, None, backward(grad, weight, u, v, sigma, *ctx.options)
         with torch._C._AutoDispatchBelowAutograd():
-            return None, None, None, backward(grad, weight, u, v, sigma, *ctx.options)
+            return None, None, backward(grad, weight, u, v, sigma, *ctx.options)
 
 
 class _Many(torch.autograd.Function):
     @staticmethod
     def forward(ctx, computed, dims, options, *weights):
-        normalised, u, v, sigma = computed
-        ctx.save_for_backward(*weights, *u, *v, sigma)
+        normalised, *ctx.constants = computed
         ctx.dims, ctx.options = dims, options
+        ctx.save_for_backward(*weights)
         ctx.set_materialize_grads(False)
         return tuple(normalised)
 
     @staticmethod
     def backward(ctx, *grads):
-        weights, u, v, sigma = _multi_saved(ctx)
+        weights, (u, v, sigma) = ctx.saved_tensors, ctx.constants
         if torch.is_grad_enabled() or not _plain_eager():
             each = [a @ (_matrix(w, dim) @ b) for w, a, b, dim in zip(weights, u, v, ctx.dims, strict=True)]
             of_weights = _multi_gradients(grads, None, weights, u, v, torch.stack(each), ctx.dims, ctx.options)
@@ -344,7 +347,7 @@ def normalise_one(weight: Tensor, u: Tensor, v: Tensor, dim: int, *iteration) ->
     with torch._C._AutoDispatchBelowAutograd():
         computed = forward(weight, u, v, dim, *iteration)
     if weight.requires_grad and torch.is_grad_enabled():
-        return _apply_one(computed, dim, iteration[3:], weight), *computed[1:3]
+        return _apply_one(computed, (dim, *iteration[3:]), weight), *computed[1:3]
     return computed[:3]
 
 

@@ -37,12 +37,11 @@ class _SpectralNorm(Groupable, nn.Module):
         if weight.dim() == 1:  # a vector is its own singular vector
             norm = torch.linalg.vector_norm(weight).clamp_min(self.eps) / self.target
             return weight / (norm.clamp_min(1.0) if self.at_most else norm)
-        u, v = self._u, self._v
-        ready = self.take(u, v)
+        ready = self.take()
         if ready is not None:
             return ready
-        iterations = self.iterations(self.training)
-        return normalise(weight, u, v, self.dim, iterations, self.eps, False, self.target, self.at_most)
+        iterations, buffers = self.iterations(self.training), self._buffers  # not by __getattr__, which takes longer
+        return normalise(weight, buffers["_u"], buffers["_v"], self.dim, iterations, self.eps, False, self.target, self.at_most)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         return value
@@ -54,19 +53,13 @@ class _Chain(parametrize.ParametrizationList):
     def __call__(self):
         if len(self._modules) == 1 and not torch.compiler.is_compiling():
             only = self._modules["0"]
-            if not (_has_hooks(self) or _has_hooks(only)):
+            if not (_hooks(self) or _hooks(only) or module_state._has_any_global_hook()):
                 return only.forward(self.original)
         return super().__call__()
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-        or module_state._has_any_global_hook()
-    )
+def _hooks(module: nn.Module):
+    return module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
 
 
 def spectral_norm(
