@@ -578,6 +578,63 @@ def test_load_what_a_zoo_saved(form, zoo):
     assert model[0].bias.eq(0).all()
 
 
+def test_num_svs():
+    """Layers that keep the k largest singular values, as BigGAN's do: logged, saved, loaded, and of no effect on the weight."""
+    make = lambda **options: fastgan.spectral_norm(nn.Conv2d(3, 8, 3).double(), **options)  # noqa: E731
+    torch.manual_seed(0)
+    plain = make()
+    torch.manual_seed(0)
+    layer = make(num_svs=3)
+    for _ in range(300):
+        torch.testing.assert_close(layer.weight, plain.weight)
+    state = layer.state_dict()
+    own = "parametrizations.weight.0."
+    true = torch.linalg.svdvals(state["parametrizations.weight.original"].flatten(1))
+    torch.testing.assert_close(torch.cat([state[f"{own}sv{i}"] for i in range(3)]), true[:3])
+    assert [state[f"{own}u{i}"].shape for i in (1, 2)] == [(1, 8)] * 2
+    layer.eval().weight  # noqa: B018
+    assert_same_state(layer, copy.deepcopy(layer))
+    assert all(torch.equal(value, layer.state_dict()[key]) for key, value in state.items())
+
+    theirs = fastgan.convert_spectral_state_dict(state, to="biggan")
+    assert set(theirs) == {"weight", "bias", "u0", "u1", "u2", "sv0", "sv1", "sv2"}
+    other = make(num_svs=3)
+    other.load_state_dict(theirs)
+    for key, value in state.items():
+        torch.testing.assert_close(other.state_dict()[key], value)
+    other.load_state_dict(plain.state_dict())  # has none: those there stay
+    assert torch.equal(other.state_dict()[f"{own}u1"], state[f"{own}u1"])
+    torch_parametrization(nn.Conv2d(3, 8, 3)).load_state_dict(fastgan.convert_spectral_state_dict(theirs, to="parametrize"))
+
+
+def test_num_svs_in_groups_compiled_in_half_and_with_bad_weights(backend):
+    def model():
+        torch.manual_seed(0)
+        layers = [fastgan.spectral_norm(nn.Linear(6, 6), num_svs=n) for n in (2, 1, 4)]
+        return nn.Sequential(*layers).double()
+
+    alone, grouped, compiled = model(), model(), model()
+    fastgan.SpectralNormGroup(grouped)
+    torch._dynamo.reset()
+    x = torch.randn(2, 6, dtype=torch.float64)
+    outs = [run(x) for run in (alone, grouped, torch.compile(compiled, fullgraph=True, backend="aot_eager"))]
+    torch.testing.assert_close(outs, [outs[0]] * 3)
+    for other in (grouped, compiled):
+        assert_same_state(alone, other)
+    half = alone.half()
+    half(x.half())
+    before = {key: value.clone() for key, value in half.state_dict().items() if ".u" in key}
+    for fill in (0, float("nan")):
+        with torch.no_grad():
+            for parameter in half.parameters():
+                parameter.fill_(fill)
+        half(x.half())
+        assert all(torch.equal(value, half.state_dict()[key]) for key, value in before.items())
+    for wrong in (0, 7, True, 1.5):
+        with pytest.raises(ValueError, match=r"num_svs is .*, expected a whole number from 1 to 4 for a matrix of 4 x 7"):
+            fastgan.spectral_norm(nn.Linear(7, 4), num_svs=wrong)
+
+
 def test_hook_and_parametrization_load_each_other(pair):
     torch.manual_seed(0)
     make = lambda form: nn.Sequential(form(nn.ConvTranspose2d(5, 5, 3)), nn.ReLU(), form(nn.Conv2d(5, 2, 3)))  # noqa: E731
@@ -622,6 +679,26 @@ def test_functional(backend):
         fastgan.functional.spectral_normalize(weights, u[:1], v)
     with pytest.raises(TypeError, match=r"weight is torch\.int64"):
         fastgan.functional.spectral_normalize(torch.ones(3, 4).long(), u[0], v[0])
+
+
+def test_largest_singular_value(backend):
+    generator = torch.Generator().manual_seed(0)
+    for dim, v_first in ((0, False), (1, True), (-1, False)):
+        weight = torch.randn(6, 5, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+        rows = weight.shape[dim]
+        u, v = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (rows, 90 // rows))
+        options = {"dim": dim, "v_first": v_first}
+        once = fastgan.functional.largest_singular_value(weight, u, v, **options)
+        torch.testing.assert_close(once, fastgan.functional.spectral_normalize(weight, u, v, **options)[1:])
+        u, v, sigma = fastgan.functional.largest_singular_value(weight, u, v, n_power_iterations=300, **options)
+        matrix = weight.movedim(dim, 0).flatten(1)
+        torch.testing.assert_close(sigma, torch.linalg.matrix_norm(matrix, 2))
+        ours, true = (torch.autograd.grad(x, weight)[0] for x in (sigma, torch.linalg.matrix_norm(matrix, 2)))
+        torch.testing.assert_close(ours, true)
+    with pytest.raises(ValueError, match=r"largest_singular_value: u has shape \(5,\), expected \(6,\)"):
+        fastgan.functional.largest_singular_value(weight, v[:5], v)
+    with pytest.raises(TypeError, match=r"largest_singular_value: u has dtype torch.float64, expected torch.float32"):
+        fastgan.functional.largest_singular_value(weight.float(), weight[:, 0, 0], v[:15])
 
 
 def biggan_iteration(matrix, u):
@@ -725,6 +802,31 @@ def test_memory_is_used_again_once_nothing_refers_to_it():
         assert layer.weight.data_ptr() != address
         del held
         assert layer.weight.data_ptr() == address
+
+
+def test_memory_used_again_under_resize_and_set():
+    """What torch does to storages: it works, or raises without touching what other tensors have."""
+    layer = large(fastgan.spectral_norm).eval()
+    with fastgan.use_backend("cpp"), torch.no_grad():
+        expected = layer.weight.clone()
+        kept = layer.weight
+        assert torch.equal(layer.weight.resize_(3, 5).flatten(), expected.flatten()[:15])
+        torch.testing.assert_close(layer.weight.set_(torch.ones(4)), torch.ones(4))
+        torch.testing.assert_close(torch.empty(0).set_(layer.weight), expected)
+        moved = layer.weight.share_memory_()
+        assert moved.is_shared() and torch.equal(moved, expected)
+        assert torch.equal(torch.add(torch.ones(2, 3), 1, out=layer.weight.resize_(0)), torch.full((2, 3), 2.0))
+        for enlarge in (
+            lambda x: x.resize_(1000, 1000),
+            lambda x: x.untyped_storage().resize_(10**7),
+            lambda x: torch.add(torch.zeros(1000, 1000), 1, out=x.resize_(0)),
+        ):
+            with pytest.raises(RuntimeError, match="not resizable"):
+                enlarge(layer.weight)
+            again = [layer.weight for _ in range(3)]
+            assert all(torch.equal(x, expected) for x in again)
+            assert len({x.data_ptr() for x in (*again, kept)}) == 4
+        assert torch.equal(kept, expected)
 
 
 # The layers' own way through autograd, and where it leaves it to the operators'.

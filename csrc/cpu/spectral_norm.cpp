@@ -54,6 +54,7 @@ struct Iteration {
   int64_t count;
   double eps;
   bool v_first;
+  bool sigma_only = false;  // without the normalised weight
 };
 
 // One weight. p belongs to the matrix's rows and q to its columns, in the order they have in memory.
@@ -250,7 +251,7 @@ template <class S> struct Forward {
   const S* data() const { return static_cast<const S*>(m.weight.const_data_ptr()); }
 
   // A power iteration each (or, without any, sigma's product), then the result.
-  int64_t phases() const { return steps() + 1; }
+  int64_t phases() const { return steps() + !iteration.sigma_only; }
   int64_t steps() const { return std::max<int64_t>(1, iteration.count); }
   int64_t parts(int64_t phase) const { return phase < steps() ? stripes : chunks(); }
   void run(int64_t phase, int64_t part) { phase == steps() ? write(part) : rows_first ? run_rows(part) : run_tiles(part); }
@@ -448,7 +449,8 @@ int64_t column_count(const Tensor& weight, int64_t dim) {
 
 using Tensors = std::vector<Tensor>;
 
-// All of the lists are as long as weights; sigma holds as many numbers of the vectors' dtype.
+// All of the lists are as long as weights; sigma holds as many numbers of the vectors' dtype. With sigma_only the first
+// results are left as they are.
 std::tuple<Tensors, Tensors, Tensors> run_forward(const char* op, const Tensors& weights, const Tensors& us, const Tensors& vs,
                                                   const std::vector<int64_t>& dims, void* sigma, Iteration iteration, Scale scale) {
   ++calls;
@@ -457,7 +459,8 @@ std::tuple<Tensors, Tensors, Tensors> run_forward(const char* op, const Tensors&
     check_weight(op, weights[i], dims[i]);
     u.push_back(checked_vector(op, "u", us[i], weights[i], row_count(weights[i], dims[i])));
     v.push_back(checked_vector(op, "v", vs[i], weights[i], column_count(weights[i], dims[i])));
-    results.push_back(new_like(weights[i]));
+    const Tensor& w = weights[i];
+    results.push_back(!iteration.sigma_only ? new_like(w) : w.is_contiguous() || is_dense(w) ? w : torch::stable::empty_like(w));
     new_us.push_back(new_like(u[i]));
     new_vs.push_back(new_like(v[i]));
   }
@@ -514,6 +517,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& weight, const T
   return {results[0], us[0], vs[0], sigma};
 }
 
+std::tuple<Tensor, Tensor, Tensor> sigma_of(const Tensor& weight, const Tensor& u, const Tensor& v, int64_t dim, int64_t count, double eps, bool v_first) {
+  Tensor sigma = new_strided(u, 0, nullptr, nullptr);
+  auto [_, us, vs] = run_forward("spectral_norm_sigma", {weight}, {u}, {v}, {dim}, sigma.mutable_data_ptr(), {count, eps, v_first, true}, {1, false});
+  return {us[0], vs[0], sigma};
+}
+
 Tensor backward(const Tensor& grad, const Tensor& weight, const Tensor& u, const Tensor& v, const Tensor& sigma, int64_t dim, double target, bool at_most) {
   return run_backward("spectral_norm_backward", {grad}, {weight}, {u}, {v}, sigma, {dim}, {target, at_most})[0];
 }
@@ -548,6 +557,7 @@ Tensors multi_backward(Tensors grads, Tensors weights, Tensors u, Tensors v, Ten
 STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, library) {
   using namespace fastgan;
   library.impl("spectral_norm", TORCH_BOX(&forward));
+  library.impl("spectral_norm_sigma", TORCH_BOX(&sigma_of));
   library.impl("spectral_norm_backward", TORCH_BOX(&backward));
   library.impl("spectral_norm_multi", TORCH_BOX(&multi));
   library.impl("spectral_norm_multi_backward", TORCH_BOX(&multi_backward));

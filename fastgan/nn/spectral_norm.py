@@ -26,6 +26,15 @@ def check_options(n_power_iterations, eps, target=1.0) -> None:
         raise ValueError(f"spectral_norm: target is {target!r}, expected a positive number: the norm to normalise to")
 
 
+def check_num_svs(num_svs, rows: int, columns: int) -> None:
+    most = max(1, min(rows, columns))
+    if isinstance(num_svs, bool) or not isinstance(num_svs, int) or not 1 <= num_svs <= most:
+        raise ValueError(
+            f"spectral_norm: num_svs is {num_svs!r}, expected a whole number from 1 to {most} for a matrix of "
+            f"{rows} x {columns}"
+        )
+
+
 def check_weight(module: nn.Module, name: str, weight) -> None:
     """That there is a weight that can be normalised."""
     if weight is None:
