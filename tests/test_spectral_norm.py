@@ -578,6 +578,30 @@ def test_load_what_a_zoo_saved(form, zoo):
     assert model[0].bias.eq(0).all()
 
 
+SCHEME_KEYS = ZOO_KEYS | {
+    "hook": ("0.weight_orig", "0.weight_u", "0.bias"),
+    "parametrize": ("0.parametrizations.weight.original", "0.parametrizations.weight.0._u", "0.bias"),
+}
+
+
+@pytest.mark.parametrize("source", SCHEME_KEYS)
+@pytest.mark.parametrize("target", SCHEME_KEYS)
+def test_convert_any_scheme_to_any(source, target):
+    """What a layer computes in eval mode stays, from weights that no iteration has converged on."""
+    state = fastgan.convert_spectral_state_dict(plain_and(hook, 2).state_dict(), to=source)
+    converted = fastgan.convert_spectral_state_dict(state, to=target)
+    outputs = []
+    for scheme, each in ((source, state), (target, converted)):
+        weight, u, bias = SCHEME_KEYS[scheme]
+        assert {weight, u, bias, "1.weight"} <= set(each)
+        if scheme in ZOO_KEYS:
+            outputs.append(zoo_output(each[weight], each[u]))
+        else:
+            matrix = each[weight].flatten(1)
+            outputs.append(each[weight] / (each[u] @ matrix @ each[u.removesuffix("u") + "v"]))
+    torch.testing.assert_close(*outputs)
+
+
 def test_num_svs():
     """Layers that keep the k largest singular values, as BigGAN's do: logged, saved, loaded, and of no effect on the weight."""
     make = lambda **options: fastgan.spectral_norm(nn.Conv2d(3, 8, 3).double(), **options)  # noqa: E731
@@ -860,6 +884,19 @@ def test_double_backward_and_forward_mode_over_backward(pair):
     with forward_ad.dual_level():
         (dual,) = torch.autograd.grad(out, leaf, forward_ad.make_dual(t[:, :3], t[:, :3] * 2))
         torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, linear)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_backward_after_the_weight_has_changed_raises(pair, grouped):
+    model = nn.Sequential(pair[0](nn.Linear(4, 3)))
+    if grouped:
+        fastgan.SpectralNormGroup(model)
+    loss = model(torch.randn(2, 4)).sum()
+    loss.backward(retain_graph=True)
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if not n.endswith("bias")).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_functional_transforms_of_a_module(pair):
