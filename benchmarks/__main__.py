@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.case import OURS
+from benchmarks.case import OURS, mode_of
 from benchmarks.test_benchmarks import CASES
 from fastgan import measure
 
@@ -76,7 +76,7 @@ def table(results: dict, which: str) -> Table:
             shown.add_row(
                 row["op"],
                 row["shape"],
-                row["mode"],
+                mode_of(row),
                 baseline + (" (best)" if baseline == row["best"] else ""),
                 f"{row['seconds'][baseline]['median'] * 1e3:.2f}",
                 f"{row['seconds'][row['ours']]['median'] * 1e3:.2f}{row['ours'].removeprefix(OURS)}",

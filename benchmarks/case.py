@@ -10,6 +10,7 @@ from torch import Tensor
 from fastgan import measure
 
 OURS = "fastgan"
+STREAM = "stream"  # the yardstick of cases that are bound by reading memory
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,19 @@ class Case:
     #: baseline (or "best") -> speed-up aimed at
     goals: Mapping[str, float] = field(default_factory=dict)
     tolerance: float = 1e-4
+    #: bytes that any candidate has to read; with it, the rates of ours and of reading alone are measured too
+    reads: int = 0
 
     @property
     def id(self) -> str:
         return f"{self.op}-{self.shape}-{self.mode}"
+
+
+def mode_of(row: dict) -> str:
+    """A result's mode, with the rate it reads memory at where that was measured."""
+    if not (rates := row.get("bytes_per_second")):
+        return row["mode"]
+    return f"{row['mode']} ({rates[row['ours']] / 1e9:.0f} of {rates[STREAM] / 1e9:.0f} GB/s)"
 
 
 def check(case: Case, candidates: Mapping[str, Callable]) -> dict[str, float]:
@@ -52,12 +62,14 @@ def run(case: Case, seconds: float) -> dict:
     candidates = dict(case.candidates())
     errors = check(case, candidates)
     gc.collect()
-    times = measure.interleaved(candidates, seconds=seconds)
+    yardstick = {STREAM: measure.reader(case.reads)} if case.reads else {}
+    times = measure.interleaved(candidates | yardstick, seconds=seconds)
     medians = {name: measure.Spread.of(values).to_dict() for name, values in times.items()}
     ours = min((name for name in candidates if name.startswith(OURS)), key=lambda name: medians[name]["median"])
     baselines = [name for name in candidates if not name.startswith(OURS)]
     speedups = {name: measure.speedup(times, ours, name).to_dict() for name in baselines}
     best = min(baselines, key=lambda name: medians[name]["median"])
+    rates = {name: case.reads / medians[name]["median"] for name in (ours, *yardstick) if case.reads}
     return {
         "op": case.op,
         "shape": case.shape,
@@ -69,5 +81,6 @@ def run(case: Case, seconds: float) -> dict:
         "best": best,
         "goals": dict(case.goals),
         "error": errors,
+        "bytes_per_second": rates,
         "peak_bytes": {name: measure.peak_memory(run) for name, run in candidates.items()},
     }

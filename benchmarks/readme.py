@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks.case import OURS
+from benchmarks.case import OURS, mode_of
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
@@ -36,7 +36,7 @@ def section(name: str, results: dict) -> list[str]:
         )
         memory = " / ".join("?" if (b := tuned["peak_bytes"][n]) is None else f"{b / 2**20:.0f}" for n in (fastest[0], best))
         lines.append(
-            f"| {tuned['op']} | {tuned['shape']} | {tuned['mode']} | {ours} | {best} {theirs} | {gain} | {others} | {memory} |"
+            f"| {tuned['op']} | {tuned['shape']} | {mode_of(tuned)} | {ours} | {best} {theirs} | {gain} | {others} | {memory} |"
         )
     return lines
 

@@ -1,4 +1,6 @@
-"""Spectral norm of all weights of a discriminator against torch's parametrization, eager and compiled."""
+"""Spectral norm of all weights of a discriminator against torch's parametrization, eager and compiled; sigma alone against
+torch's products and the rate at which memory can be read; and whole training steps.
+"""
 
 import itertools
 import math
@@ -9,7 +11,9 @@ from torch.nn.utils.parametrizations import spectral_norm as torch_spectral_norm
 
 import fastgan
 from benchmarks.case import OURS, Case
-from fastgan.ops.spectral_norm import backward_reference, forward_reference
+from benchmarks.critic_step import critics
+from fastgan import losses
+from fastgan.ops.spectral_norm import backward_reference, forward_reference, sigma_reference
 
 
 def _block(inside: int, outside: int, shortcut: bool = True) -> list[tuple[int, ...]]:
@@ -121,6 +125,75 @@ def _case(name: str, mode: str, goal: float | None) -> Case:
     return Case("spectral_norm", name, f"forward+backward, {mode}", candidates, lambda: _truth(shapes), goals, tolerance=2e-3)
 
 
+def _sigma_case(name: str, v_first: bool) -> Case:
+    (shape,) = MODELS[name]
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator)
+    matrix = weight.flatten(1)
+    u, v = (nn.functional.normalize(torch.randn(n, generator=generator), dim=0) for n in matrix.shape)
+
+    def ours():
+        return fastgan.functional.largest_singular_value(weight, u, v, v_first=v_first)
+
+    def theirs():
+        """As torch's two forms have it."""
+        products = (matrix.mv, matrix.T.mv)
+        first, second = reversed(products) if v_first else products
+        x = nn.functional.normalize(first(u if v_first else v), dim=0)
+        y = nn.functional.normalize(second(x), dim=0)
+        new_u, new_v = (y, x) if v_first else (x, y)
+        return new_u, new_v, torch.vdot(new_u, matrix.mv(new_v))
+
+    def candidates():
+        return {OURS: ours, "torch": theirs, "compile": torch.compile(theirs, dynamic=False)}
+
+    def truth():
+        return sigma_reference(weight.double(), u.double(), v.double(), 0, 1, 1e-12, v_first)
+
+    mode = "sigma alone, " + ("v first" if v_first else "u first")
+    return Case("spectral_norm", name, mode, candidates, truth, {"torch": 2.0}, reads=weight.numel() * weight.element_size())
+
+
+def _dcgan(norm) -> nn.Module:
+    model = critics.DCGAN(32, 64)
+    for layer in model:
+        if isinstance(layer, nn.Conv2d):
+            norm(layer)
+    return model
+
+
+CRITICS = {"dcgan64-b16": (_dcgan, 64), "sngan-resnet32-b16": (lambda norm: critics.SNGAN(64, norm), 32)}
+
+
+def _step_case(name: str) -> Case:
+    """A critic's update without penalty, where normalisation is the largest part it can be."""
+    make, size = CRITICS[name]
+
+    def start(norm):
+        torch.manual_seed(0)
+        return make(norm), torch.randn(2, 16, 3, size, size)
+
+    def step(critic, batches):
+        parameters = list(critic.parameters())
+
+        def run():
+            loss = losses.get("hinge")(*map(critic, batches))
+            return (torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]),)
+
+        return run
+
+    def candidates():
+        ours, batches = start(fastgan.spectral_norm)
+        fastgan.SpectralNormGroup(ours)
+        return {OURS: step(ours, batches), "torch": step(*start(torch_spectral_norm))}
+
+    def truth():
+        critic, batches = start(torch_spectral_norm)
+        return step(critic.double(), batches.double())()
+
+    return Case("spectral_norm", name, "training step", candidates, truth, tolerance=1e-3)
+
+
 CASES = [
     _case("SNGAN-32 D", "one call", 6.0),
     _case("SNGAN-32 D", "by layer", 5.0),
@@ -132,4 +205,7 @@ CASES = [
     _case("StyleGAN2-256 D", "by layer", None),
     _case("64x576", "by layer", None),
     _case("1536x13824", "by layer", None),
+    _sigma_case("1536x13824", False),
+    _sigma_case("1536x13824", True),
+    *map(_step_case, CRITICS),
 ]

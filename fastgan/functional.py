@@ -106,6 +106,10 @@ def spectral_normalize(
 
     A weight of zeros stays zero, and an iteration that yields zero or non-finite vectors is not taken.
 
+    On CPU large results lie in memory that fastgan uses again once nothing refers to it. As with a tensor made from a NumPy
+    array, torch can't enlarge that: ``result.resize_()`` to more elements, and ``out=result`` for a larger result, raise a
+    RuntimeError; ``result.clone()`` is without that limit. In-place arithmetic, ``set_`` and ``share_memory_`` are as usual.
+
     Source: Miyato et al. 2018, "Spectral Normalization for Generative Adversarial Networks".
     """
     several = isinstance(weight, (list, tuple))
@@ -116,29 +120,63 @@ def spectral_normalize(
             f"spectral_normalize: weight, u, v and dim have {len(weights)}, {len(us)}, {len(vs)} and {len(dims)} elements, "
             f"expected as many of each, and at least one"
         )
-    for w, one_u, one_v, d in zip(weights, us, vs, dims, strict=True):
-        if not isinstance(w, Tensor) or w.dtype not in FLOATS:
-            raise TypeError(
-                f"spectral_normalize: weight is {getattr(w, 'dtype', type(w).__name__)}, expected a floating tensor"
-            )
-        if not -w.dim() <= d < w.dim():
-            raise ValueError(f"spectral_normalize: dim is {d}, out of range for a weight of shape {tuple(w.shape)}")
-        columns = math.prod(size for i, size in enumerate(w.shape) if i != d % w.dim())
-        for name, vector, length in (("u", one_u, w.shape[d]), ("v", one_v, columns)):
-            if tuple(vector.shape) != (length,):
-                raise ValueError(
-                    f"spectral_normalize: {name} has shape {tuple(vector.shape)}, expected ({length},) for a weight of shape "
-                    f"{tuple(w.shape)} with dim={d}"
-                )
-            if vector.dtype != accumulate_dtype(w.dtype):
-                raise TypeError(
-                    f"spectral_normalize: {name} has dtype {vector.dtype}, expected {accumulate_dtype(w.dtype)} for a weight "
-                    f"of {w.dtype}; convert it with {name}.to({accumulate_dtype(w.dtype)})"
-                )
+    for each in zip(weights, us, vs, dims, strict=True):
+        _check_power_iteration("spectral_normalize", *each)
     options = n_power_iterations, eps, v_first, target, at_most
     if several:
         return _spectral_norm.multi(weights, us, vs, dims, *options)
     return _spectral_norm.forward(weight, u, v, dim, *options)
+
+
+def largest_singular_value(
+    weight: Tensor,
+    u: Tensor,
+    v: Tensor,
+    *,
+    dim: int = 0,
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    v_first: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Power iteration and the largest singular value alone: :func:`spectral_normalize` without the normalised weight.
+
+    For logging, and for penalties on the spectral norm. On CPU one read of the weight per iteration is all that it takes.
+
+    Args:
+        weight, u, v, dim, n_power_iterations, eps, v_first: as for :func:`spectral_normalize`; one weight, no list.
+
+    Returns:
+        (u, v, sigma): (h,), (w,) and (). sigma is differentiable with respect to ``weight``, its gradient being
+        :math:`u v^T`, with u and v constant; in forward mode and under ``torch.func`` too. Nothing is changed in place.
+
+    Raises:
+        TypeError, ValueError: as :func:`spectral_normalize`.
+
+    Source: Yoshida and Miyato 2017, "Spectral Norm Regularization for Improving the Generalizability of Deep Learning".
+    """
+    _check_power_iteration("largest_singular_value", weight, u, v, dim)
+    return _spectral_norm.sigma_alone(weight, u, v, dim, n_power_iterations, eps, v_first)
+
+
+def _check_power_iteration(function: str, weight, u: Tensor, v: Tensor, dim: int) -> None:
+    if not isinstance(weight, Tensor) or weight.dtype not in FLOATS:
+        raise TypeError(f"{function}: weight is {getattr(weight, 'dtype', type(weight).__name__)}, expected a floating tensor")
+    shape = tuple(weight.shape)
+    if not -weight.dim() <= dim < weight.dim():
+        raise ValueError(f"{function}: dim is {dim}, out of range for a weight of shape {shape}")
+    columns = math.prod(size for i, size in enumerate(shape) if i != dim % weight.dim())
+    expected = accumulate_dtype(weight.dtype)
+    for name, vector, length in (("u", u, shape[dim]), ("v", v, columns)):
+        if tuple(vector.shape) != (length,):
+            raise ValueError(
+                f"{function}: {name} has shape {tuple(vector.shape)}, expected ({length},) for a weight of shape {shape} with "
+                f"dim={dim}"
+            )
+        if vector.dtype != expected:
+            raise TypeError(
+                f"{function}: {name} has dtype {vector.dtype}, expected {expected} for a weight of {weight.dtype}; "
+                f"convert it with {name}.to({expected})"
+            )
 
 
 def top_singular_values(

@@ -129,6 +129,12 @@ def interleaved(
     return times
 
 
+def reader(size: int) -> Callable[[], torch.Tensor]:
+    """Reads ``size`` bytes of memory once, as fast as torch does on all its threads: how fast memory is."""
+    data = torch.ones(size // 4)
+    return data.sum
+
+
 def speedup(times: Mapping[str, list[float]], of: str, over: str) -> Spread:
     """How many times faster ``of`` is than ``over``, round by round."""
     return Spread.of([slow / fast for slow, fast in zip(times[over], times[of], strict=True)])

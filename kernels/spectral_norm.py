@@ -100,8 +100,8 @@ def _unit(x: Tensor, eps: float) -> Tensor:
     return (wide / torch.linalg.vector_norm(wide).clamp_min(eps)).to(x.dtype)
 
 
-def spectral_norm(weight, u, v, dim, n_power_iterations, eps, v_first, target, at_most):
-    matrix = _matrix(weight, dim)
+def _iterated(matrix: Tensor, u: Tensor, v: Tensor, n_power_iterations, eps, v_first):
+    """u, v and sigma."""
     for _ in range(n_power_iterations):
         if v_first:
             new_v = _unit(_transposed_times(matrix, u), eps)
@@ -111,9 +111,18 @@ def spectral_norm(weight, u, v, dim, n_power_iterations, eps, v_first, target, a
             new_v = _unit(_transposed_times(matrix, new_u), eps)
         usable = _usable(new_u) & _usable(new_v)
         u, v = torch.where(usable, new_u, u), torch.where(usable, new_v, v)
-    sigma = u @ _times(matrix, v)
+    return u.clone(), v.clone(), u @ _times(matrix, v)
+
+
+def spectral_norm_sigma(weight, u, v, dim, n_power_iterations, eps, v_first):
+    return _iterated(_matrix(weight, dim), u, v, n_power_iterations, eps, v_first)
+
+
+def spectral_norm(weight, u, v, dim, n_power_iterations, eps, v_first, target, at_most):
+    matrix = _matrix(weight, dim)
+    new_u, new_v, sigma = _iterated(matrix, u, v, n_power_iterations, eps, v_first)
     s, _, _ = _scale(sigma, target, at_most)
-    return _combined(matrix, s, s, u, v, weight, dim, False), u.clone(), v.clone(), sigma
+    return _combined(matrix, s, s, u, v, weight, dim, False), new_u, new_v, sigma
 
 
 def spectral_norm_backward(grad, weight, u, v, sigma, dim, target, at_most):

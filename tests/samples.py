@@ -135,6 +135,7 @@ _sn_common = {
 
 OPERATORS |= {
     "spectral_norm": Operator(_sn, constants=(1, 2), bad=(0, (4, 2)), **_sn_common),
+    "spectral_norm_sigma": Operator(lambda *a: _sn(*a)[:-2], constants=(1, 2), bad=(0, (4, 2)), **_sn_common),
     "spectral_norm_backward": Operator(_sn_backward, constants=(2, 3), bad=(1, (4, 2)), **_sn_common),
     "spectral_norm_multi": Operator(_sn_multi, constants=(1, 2), bad=(0, (4, 2)), **_sn_common),
     "spectral_norm_multi_backward": Operator(

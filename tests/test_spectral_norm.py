@@ -458,6 +458,57 @@ def test_group_compiles(backend):
     assert_same_state(model, eager)
 
 
+class Repeated(nn.Module):
+    """Reads one weight three times in a forward, a shared one, and may fail after the second."""
+
+    def __init__(self, normalise):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = (normalise(nn.Linear(5, 5)).double() for _ in range(2))
+        self.fails = False
+
+    def forward(self, x):
+        x = self.first(self.second(self.first(x)))
+        if self.fails:
+            raise ArithmeticError("half way")
+        return self.first(x)
+
+
+def test_group_with_weights_read_repeatedly(backend, pair):
+    alone, grouped = Repeated(pair[0]), Repeated(pair[0])
+    fastgan.SpectralNormGroup(grouped)
+    x = torch.randn(3, 5, dtype=torch.float64)
+    for fails in (False, True, False):
+        results = []
+        for model in (alone, grouped):
+            model.fails = fails
+            try:
+                results.append(torch.autograd.grad(model(x).sin().sum(), list(model.parameters())))
+            except ArithmeticError:
+                results.append([])
+        torch.testing.assert_close(*results)
+        assert_same_state(alone, grouped)
+
+
+def test_a_weight_is_in_one_group():
+    model = critic(fastgan.spectral_norm)
+    group = fastgan.SpectralNormGroup(model[:3])
+    with pytest.raises(ValueError, match="in a group already"):
+        fastgan.SpectralNormGroup(model)
+    group.remove()
+    assert len(fastgan.SpectralNormGroup(model)) == 4
+
+
+def test_group_after_the_model_has_changed_dtype(backend):
+    model = critic(mixed)
+    fastgan.SpectralNormGroup(model)
+    x = torch.randn(2, 3, 8, 8)
+    model(x.double())
+    before = [value.clone() for value in model.buffers()]
+    assert model.float()(x).dtype == torch.float32
+    assert any(not torch.equal(a.float(), b) for a, b in zip(before, model.buffers(), strict=True))
+
+
 def test_group_errors():
     with pytest.raises(ValueError, match="refresh is 'always', expected one of 'per_forward', 'per_step'"):
         fastgan.SpectralNormGroup(critic(fastgan.spectral_norm), refresh="always")
@@ -527,6 +578,87 @@ def test_load_what_a_zoo_saved(form, zoo):
     assert model[0].bias.eq(0).all()
 
 
+SCHEME_KEYS = ZOO_KEYS | {
+    "hook": ("0.weight_orig", "0.weight_u", "0.bias"),
+    "parametrize": ("0.parametrizations.weight.original", "0.parametrizations.weight.0._u", "0.bias"),
+}
+
+
+@pytest.mark.parametrize("source", SCHEME_KEYS)
+@pytest.mark.parametrize("target", SCHEME_KEYS)
+def test_convert_any_scheme_to_any(source, target):
+    """What a layer computes in eval mode stays, from weights that no iteration has converged on."""
+    state = fastgan.convert_spectral_state_dict(plain_and(hook, 2).state_dict(), to=source)
+    converted = fastgan.convert_spectral_state_dict(state, to=target)
+    outputs = []
+    for scheme, each in ((source, state), (target, converted)):
+        weight, u, bias = SCHEME_KEYS[scheme]
+        assert {weight, u, bias, "1.weight"} <= set(each)
+        if scheme in ZOO_KEYS:
+            outputs.append(zoo_output(each[weight], each[u]))
+        else:
+            matrix = each[weight].flatten(1)
+            outputs.append(each[weight] / (each[u] @ matrix @ each[u.removesuffix("u") + "v"]))
+    torch.testing.assert_close(*outputs)
+
+
+def test_num_svs():
+    """Layers that keep the k largest singular values, as BigGAN's do: logged, saved, loaded, and of no effect on the weight."""
+    make = lambda **options: fastgan.spectral_norm(nn.Conv2d(3, 8, 3).double(), **options)  # noqa: E731
+    torch.manual_seed(0)
+    plain = make()
+    torch.manual_seed(0)
+    layer = make(num_svs=3)
+    for _ in range(300):
+        torch.testing.assert_close(layer.weight, plain.weight)
+    state = layer.state_dict()
+    own = "parametrizations.weight.0."
+    true = torch.linalg.svdvals(state["parametrizations.weight.original"].flatten(1))
+    torch.testing.assert_close(torch.cat([state[f"{own}sv{i}"] for i in range(3)]), true[:3])
+    assert [state[f"{own}u{i}"].shape for i in (1, 2)] == [(1, 8)] * 2
+    layer.eval().weight  # noqa: B018
+    assert_same_state(layer, copy.deepcopy(layer))
+    assert all(torch.equal(value, layer.state_dict()[key]) for key, value in state.items())
+
+    theirs = fastgan.convert_spectral_state_dict(state, to="biggan")
+    assert set(theirs) == {"weight", "bias", "u0", "u1", "u2", "sv0", "sv1", "sv2"}
+    other = make(num_svs=3)
+    other.load_state_dict(theirs)
+    for key, value in state.items():
+        torch.testing.assert_close(other.state_dict()[key], value)
+    other.load_state_dict(plain.state_dict())  # has none: those there stay
+    assert torch.equal(other.state_dict()[f"{own}u1"], state[f"{own}u1"])
+    torch_parametrization(nn.Conv2d(3, 8, 3)).load_state_dict(fastgan.convert_spectral_state_dict(theirs, to="parametrize"))
+
+
+def test_num_svs_in_groups_compiled_in_half_and_with_bad_weights(backend):
+    def model():
+        torch.manual_seed(0)
+        layers = [fastgan.spectral_norm(nn.Linear(6, 6), num_svs=n) for n in (2, 1, 4)]
+        return nn.Sequential(*layers).double()
+
+    alone, grouped, compiled = model(), model(), model()
+    fastgan.SpectralNormGroup(grouped)
+    torch._dynamo.reset()
+    x = torch.randn(2, 6, dtype=torch.float64)
+    outs = [run(x) for run in (alone, grouped, torch.compile(compiled, fullgraph=True, backend="aot_eager"))]
+    torch.testing.assert_close(outs, [outs[0]] * 3)
+    for other in (grouped, compiled):
+        assert_same_state(alone, other)
+    half = alone.half()
+    half(x.half())
+    before = {key: value.clone() for key, value in half.state_dict().items() if ".u" in key}
+    for fill in (0, float("nan")):
+        with torch.no_grad():
+            for parameter in half.parameters():
+                parameter.fill_(fill)
+        half(x.half())
+        assert all(torch.equal(value, half.state_dict()[key]) for key, value in before.items())
+    for wrong in (0, 7, True, 1.5):
+        with pytest.raises(ValueError, match=r"num_svs is .*, expected a whole number from 1 to 4 for a matrix of 4 x 7"):
+            fastgan.spectral_norm(nn.Linear(7, 4), num_svs=wrong)
+
+
 def test_hook_and_parametrization_load_each_other(pair):
     torch.manual_seed(0)
     make = lambda form: nn.Sequential(form(nn.ConvTranspose2d(5, 5, 3)), nn.ReLU(), form(nn.Conv2d(5, 2, 3)))  # noqa: E731
@@ -571,6 +703,26 @@ def test_functional(backend):
         fastgan.functional.spectral_normalize(weights, u[:1], v)
     with pytest.raises(TypeError, match=r"weight is torch\.int64"):
         fastgan.functional.spectral_normalize(torch.ones(3, 4).long(), u[0], v[0])
+
+
+def test_largest_singular_value(backend):
+    generator = torch.Generator().manual_seed(0)
+    for dim, v_first in ((0, False), (1, True), (-1, False)):
+        weight = torch.randn(6, 5, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+        rows = weight.shape[dim]
+        u, v = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (rows, 90 // rows))
+        options = {"dim": dim, "v_first": v_first}
+        once = fastgan.functional.largest_singular_value(weight, u, v, **options)
+        torch.testing.assert_close(once, fastgan.functional.spectral_normalize(weight, u, v, **options)[1:])
+        u, v, sigma = fastgan.functional.largest_singular_value(weight, u, v, n_power_iterations=300, **options)
+        matrix = weight.movedim(dim, 0).flatten(1)
+        torch.testing.assert_close(sigma, torch.linalg.matrix_norm(matrix, 2))
+        ours, true = (torch.autograd.grad(x, weight)[0] for x in (sigma, torch.linalg.matrix_norm(matrix, 2)))
+        torch.testing.assert_close(ours, true)
+    with pytest.raises(ValueError, match=r"largest_singular_value: u has shape \(5,\), expected \(6,\)"):
+        fastgan.functional.largest_singular_value(weight, v[:5], v)
+    with pytest.raises(TypeError, match=r"largest_singular_value: u has dtype torch.float64, expected torch.float32"):
+        fastgan.functional.largest_singular_value(weight.float(), weight[:, 0, 0], v[:15])
 
 
 def biggan_iteration(matrix, u):
@@ -676,6 +828,31 @@ def test_memory_is_used_again_once_nothing_refers_to_it():
         assert layer.weight.data_ptr() == address
 
 
+def test_memory_used_again_under_resize_and_set():
+    """What torch does to storages: it works, or raises without touching what other tensors have."""
+    layer = large(fastgan.spectral_norm).eval()
+    with fastgan.use_backend("cpp"), torch.no_grad():
+        expected = layer.weight.clone()
+        kept = layer.weight
+        assert torch.equal(layer.weight.resize_(3, 5).flatten(), expected.flatten()[:15])
+        torch.testing.assert_close(layer.weight.set_(torch.ones(4)), torch.ones(4))
+        torch.testing.assert_close(torch.empty(0).set_(layer.weight), expected)
+        moved = layer.weight.share_memory_()
+        assert moved.is_shared() and torch.equal(moved, expected)
+        assert torch.equal(torch.add(torch.ones(2, 3), 1, out=layer.weight.resize_(0)), torch.full((2, 3), 2.0))
+        for enlarge in (
+            lambda x: x.resize_(1000, 1000),
+            lambda x: x.untyped_storage().resize_(10**7),
+            lambda x: torch.add(torch.zeros(1000, 1000), 1, out=x.resize_(0)),
+        ):
+            with pytest.raises(RuntimeError, match="not resizable"):
+                enlarge(layer.weight)
+            again = [layer.weight for _ in range(3)]
+            assert all(torch.equal(x, expected) for x in again)
+            assert len({x.data_ptr() for x in (*again, kept)}) == 4
+        assert torch.equal(kept, expected)
+
+
 # The layers' own way through autograd, and where it leaves it to the operators'.
 
 
@@ -707,6 +884,19 @@ def test_double_backward_and_forward_mode_over_backward(pair):
     with forward_ad.dual_level():
         (dual,) = torch.autograd.grad(out, leaf, forward_ad.make_dual(t[:, :3], t[:, :3] * 2))
         torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, linear)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_backward_after_the_weight_has_changed_raises(pair, grouped):
+    model = nn.Sequential(pair[0](nn.Linear(4, 3)))
+    if grouped:
+        fastgan.SpectralNormGroup(model)
+    loss = model(torch.randn(2, 4)).sum()
+    loss.backward(retain_graph=True)
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if not n.endswith("bias")).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_functional_transforms_of_a_module(pair):

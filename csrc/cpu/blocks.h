@@ -88,26 +88,29 @@ inline bool is_dense(const torch::stable::Tensor& x) {
   return true;
 }
 
+// Uninitialised, of x's dtype, on the CPU. The headers' functions look ATen's operators up by name, which takes longer than a
+// small weight.
+inline torch::stable::Tensor new_strided(const torch::stable::Tensor& x, int64_t dims, const int64_t* sizes, const int64_t* strides) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return torch::stable::Tensor(made);
+}
+
 // Uninitialised, with the dtype, shape and, where it is dense, strides of x, which is on the CPU.
 inline torch::stable::Tensor new_like(const torch::stable::Tensor& x) {
   if (!x.is_contiguous() && !is_dense(x)) return torch::stable::empty_like(x);
   const int64_t bytes = x.numel() * x.element_size();
-  if (bytes >= kReusedFrom) {
-    void* data = Blocks::all().take(bytes);
-    const auto give_back = [bytes](void* block) { Blocks::all().give_back(block, bytes); };
-    try {
-      return torch::stable::from_blob(data, x.sizes(), x.strides(), x.device(), x.scalar_type(), give_back);
-    } catch (...) {
-      give_back(data);
-      throw;
-    }
+  if (bytes < kReusedFrom) return new_strided(x, x.dim(), x.sizes().data(), x.strides().data());
+  void* data = Blocks::all().take(bytes);
+  const auto give_back = [bytes](void* block) { Blocks::all().give_back(block, bytes); };
+  try {
+    return torch::stable::from_blob(data, x.sizes(), x.strides(), x.device(), x.scalar_type(), give_back);
+  } catch (...) {
+    give_back(data);
+    throw;
   }
-  // The headers' functions look ATen's operators up by name, which takes longer than a small weight.
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), x.sizes().data(), x.strides().data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
-  return torch::stable::Tensor(made);
 }
 
 }  // namespace fastgan

@@ -54,6 +54,7 @@ struct Iteration {
   int64_t count;
   double eps;
   bool v_first;
+  bool sigma_only = false;  // without the normalised weight
 };
 
 // One weight. p belongs to the matrix's rows and q to its columns, in the order they have in memory.
@@ -166,17 +167,20 @@ template <class Layer> struct Task {
   int64_t phase, part;
 };
 
-// Takes layers first to last through their phases in one parallel region, whose start costs as much as a small layer: one
-// layer's second phase is done between the first of others. Tasks are taken in the order of the list, and each waits for
+// Takes layers first to last through their phases in one parallel region, whose start costs as much as a small layer. One
+// layer's second phase is done after the first of the next, so that threads find work while the last parts are done; a thread
+// alone goes through it at once, while the caches hold the layer. Tasks are taken in the order of the list, and each waits for
 // earlier ones only, which have been taken: so nothing hangs, however few threads come.
 template <class Layer> void run_phases(std::vector<Layer>& layers, size_t first, size_t last, int64_t work) {
   const int64_t phases = layers[first].phases(), count = last - first;
   std::vector<Progress> progress(count);
   std::vector<Task<Layer>> tasks;
   for (int64_t i = 0; i < count; ++i) progress[i].start(layers[first + i].parts(0));
-  for (int64_t slot = 0; slot < count + phases - 1; ++slot)
+  const int64_t threads = work < kThreadsFrom ? 1 : torch::stable::get_num_threads();
+  const int64_t lag = threads > 1 ? 1 : 0;
+  for (int64_t slot = 0; slot < count + lag * (phases - 1); ++slot)
     for (int64_t phase = 0; phase < phases; ++phase) {
-      const int64_t i = slot - phase;
+      const int64_t i = slot - lag * phase;
       if (i < 0 || i >= count) continue;
       Layer& layer = layers[first + i];
       const int64_t parts = layer.parts(phase);
@@ -195,11 +199,10 @@ template <class Layer> void run_phases(std::vector<Layer>& layers, size_t first,
       }
     }
   };
-  const int64_t threads = work < kThreadsFrom ? 1 : std::min<int64_t>(tasks.size(), torch::stable::get_num_threads());
-  if (threads <= 1)
+  if (threads == 1)
     work_off(0, 1);
   else
-    torch::stable::parallel_for(0, threads, 1, work_off);
+    torch::stable::parallel_for(0, std::min<int64_t>(tasks.size(), threads), 1, work_off);
 }
 
 template <class S> struct Forward {
@@ -248,7 +251,7 @@ template <class S> struct Forward {
   const S* data() const { return static_cast<const S*>(m.weight.const_data_ptr()); }
 
   // A power iteration each (or, without any, sigma's product), then the result.
-  int64_t phases() const { return steps() + 1; }
+  int64_t phases() const { return steps() + !iteration.sigma_only; }
   int64_t steps() const { return std::max<int64_t>(1, iteration.count); }
   int64_t parts(int64_t phase) const { return phase < steps() ? stripes : chunks(); }
   void run(int64_t phase, int64_t part) { phase == steps() ? write(part) : rows_first ? run_rows(part) : run_tiles(part); }
@@ -446,7 +449,8 @@ int64_t column_count(const Tensor& weight, int64_t dim) {
 
 using Tensors = std::vector<Tensor>;
 
-// All of the lists are as long as weights; sigma holds as many numbers of the vectors' dtype.
+// All of the lists are as long as weights; sigma holds as many numbers of the vectors' dtype. With sigma_only the first
+// results are left as they are.
 std::tuple<Tensors, Tensors, Tensors> run_forward(const char* op, const Tensors& weights, const Tensors& us, const Tensors& vs,
                                                   const std::vector<int64_t>& dims, void* sigma, Iteration iteration, Scale scale) {
   ++calls;
@@ -455,7 +459,8 @@ std::tuple<Tensors, Tensors, Tensors> run_forward(const char* op, const Tensors&
     check_weight(op, weights[i], dims[i]);
     u.push_back(checked_vector(op, "u", us[i], weights[i], row_count(weights[i], dims[i])));
     v.push_back(checked_vector(op, "v", vs[i], weights[i], column_count(weights[i], dims[i])));
-    results.push_back(new_like(weights[i]));
+    const Tensor& w = weights[i];
+    results.push_back(!iteration.sigma_only ? new_like(w) : w.is_contiguous() || is_dense(w) ? w : torch::stable::empty_like(w));
     new_us.push_back(new_like(u[i]));
     new_vs.push_back(new_like(v[i]));
   }
@@ -507,9 +512,15 @@ Tensors run_backward(const char* op, const Tensors& grads, const Tensors& weight
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& weight, const Tensor& u, const Tensor& v, int64_t dim, int64_t count, double eps,
                                                    bool v_first, double target, bool at_most) {
-  Tensor sigma = torch::stable::new_empty(u, {});
+  Tensor sigma = new_strided(u, 0, nullptr, nullptr);
   auto [results, us, vs] = run_forward("spectral_norm", {weight}, {u}, {v}, {dim}, sigma.mutable_data_ptr(), {count, eps, v_first}, {target, at_most});
   return {results[0], us[0], vs[0], sigma};
+}
+
+std::tuple<Tensor, Tensor, Tensor> sigma_of(const Tensor& weight, const Tensor& u, const Tensor& v, int64_t dim, int64_t count, double eps, bool v_first) {
+  Tensor sigma = new_strided(u, 0, nullptr, nullptr);
+  auto [_, us, vs] = run_forward("spectral_norm_sigma", {weight}, {u}, {v}, {dim}, sigma.mutable_data_ptr(), {count, eps, v_first, true}, {1, false});
+  return {us[0], vs[0], sigma};
 }
 
 Tensor backward(const Tensor& grad, const Tensor& weight, const Tensor& u, const Tensor& v, const Tensor& sigma, int64_t dim, double target, bool at_most) {
@@ -528,7 +539,8 @@ std::tuple<Tensors, Tensors, Tensors, Tensor> multi(Tensors weights, Tensors u, 
   check_lists(op, weights.size(), {u.size(), v.size(), dims.size()});
   for (const Tensor& x : u)
     STD_TORCH_CHECK(x.scalar_type() == u[0].scalar_type(), "fastgan::", op, ": weights of 64 bits and of fewer have to be normalised by two calls");
-  Tensor sigma = torch::stable::new_empty(u[0], {int64_t(weights.size())});
+  const int64_t count_of_weights = weights.size(), adjacent = 1;
+  Tensor sigma = new_strided(u[0], 1, &count_of_weights, &adjacent);
   auto [results, us, vs] = run_forward(op, weights, u, v, dims, sigma.mutable_data_ptr(), {count, eps, v_first}, {target, at_most});
   return {results, us, vs, sigma};
 }
@@ -545,6 +557,7 @@ Tensors multi_backward(Tensors grads, Tensors weights, Tensors u, Tensors v, Ten
 STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, library) {
   using namespace fastgan;
   library.impl("spectral_norm", TORCH_BOX(&forward));
+  library.impl("spectral_norm_sigma", TORCH_BOX(&sigma_of));
   library.impl("spectral_norm_backward", TORCH_BOX(&backward));
   library.impl("spectral_norm_multi", TORCH_BOX(&multi));
   library.impl("spectral_norm_multi_backward", TORCH_BOX(&multi_backward));

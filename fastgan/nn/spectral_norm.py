@@ -26,6 +26,15 @@ def check_options(n_power_iterations, eps, target=1.0) -> None:
         raise ValueError(f"spectral_norm: target is {target!r}, expected a positive number: the norm to normalise to")
 
 
+def check_num_svs(num_svs, rows: int, columns: int) -> None:
+    most = max(1, min(rows, columns))
+    if isinstance(num_svs, bool) or not isinstance(num_svs, int) or not 1 <= num_svs <= most:
+        raise ValueError(
+            f"spectral_norm: num_svs is {num_svs!r}, expected a whole number from 1 to {most} for a matrix of "
+            f"{rows} x {columns}"
+        )
+
+
 def check_weight(module: nn.Module, name: str, weight) -> None:
     """That there is a weight that can be normalised."""
     if weight is None:
@@ -49,17 +58,11 @@ class Groupable:
     """A form of normalisation that a :class:`fastgan.SpectralNormGroup` may have done the work for."""
 
     _group = None
+    target, at_most = 1.0, False
 
-    def take(self, u: Tensor, v: Tensor) -> Tensor | None:
-        """What the group has for one read of the weight, advancing u and v; None where there is nothing."""
-        ready = self._group.ready.pop(self, None) if self._group is not None else None
-        if ready is None:
-            return None
-        normalised, new_u, new_v = ready
-        if new_u is not None:
-            u.copy_(new_u)
-            v.copy_(new_v)
-        return normalised
+    def take(self) -> Tensor | None:
+        """What the group has for one read of the weight; None where there is nothing."""
+        return None if self._group is None else self._group.take(self)
 
     def iterations(self, training: bool) -> int:
         return self.n_power_iterations if training and not (self._group is not None and self._group.frozen) else 0
@@ -77,16 +80,16 @@ def normalise(
     at_most=False,
 ) -> Tensor:
     """The normalised weight; u and v, which are buffers in the weight's dtype, are advanced in place."""
-    given = u, v
-    if weight.dtype in (torch.float16, torch.bfloat16):
-        u, v = u.float(), v.float()
-    if u.dim() != 1 or u.shape[0] != weight.shape[dim] or v.dim() != 1 or u.shape[0] * v.shape[0] != weight.numel():
+    rows = u.numel()
+    if rows != weight.shape[dim] or rows * v.numel() != weight.numel():
         raise RuntimeError(
             f"spectral_norm: u {tuple(u.shape)} and v {tuple(v.shape)} don't fit a weight {tuple(weight.shape)}, dim {dim}: "
             f"the weight was replaced by one of another shape: remove spectral_norm before that and apply it again after"
         )
-    normalised, new_u, new_v = _ops.normalise_one(weight, u, v, dim, n_power_iterations, eps, v_first, target, at_most)
+    given = u, v
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        u, v = u.float(), v.float()
+    normalised, *new = _ops.normalise_one(weight, u, v, dim, n_power_iterations, eps, v_first, target, at_most)
     if n_power_iterations:
-        given[0].copy_(new_u)
-        given[1].copy_(new_v)
+        torch._foreach_copy_(given, new)
     return normalised

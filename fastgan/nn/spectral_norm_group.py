@@ -19,25 +19,22 @@ class _Member:
     def __init__(self, module: nn.Module, name: str, form):
         self.form, self.hook = form, isinstance(form, SpectralNorm)
         if self.hook:
-            self._places = [(module, name + suffix) for suffix in ("_orig", "_u", "_v")]
+            self.places = [(module, name + suffix) for suffix in ("_orig", "_u", "_v")]
             self.training_of = module
         else:
-            self._places = [(module.parametrizations[name], "original"), (form, "_u"), (form, "_v")]
+            self.places = [(module.parametrizations[name], "original"), (form, "_u"), (form, "_v")]
             self.training_of = form
 
-    @property
-    def weight(self) -> Tensor:
-        return getattr(*self._places[0])
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The weight, u and v."""
-        weight, u, v = self._places
-        return getattr(*weight), getattr(*u), getattr(*v)
-
-    @property
-    def options(self) -> tuple:
+    def options(self, iterate: bool) -> tuple:
         form = self.form
-        return form.n_power_iterations, form.eps, self.hook, getattr(form, "target", 1.0), getattr(form, "at_most", False)
+        steps = form.n_power_iterations if iterate and self.training_of.training else 0
+        return steps, form.eps, self.hook, form.target, form.at_most
+
+
+def _read(places: list[tuple[nn.Module, str]], kind: str) -> list[Tensor]:
+    """The tensors there, most of them in the modules' dict ``kind``: __getattr__ would take longer than all else per weight."""
+    found = [vars(module)[kind].get(name) for module, name in places]
+    return [getattr(*place) if x is None else x for x, place in zip(found, places, strict=True)]
 
 
 def _members(model: nn.Module) -> list[_Member]:
@@ -66,7 +63,8 @@ class SpectralNormGroup:
             penalty) all see the same normalised weights. This is another algorithm than torch's, with fewer iterations.
 
     ``with group.freeze():`` leaves u and v as they are, for extra passes. ``group.remove()`` undoes the group. Weights read
-    outside the model's forward, or a second time in it, are normalised for themselves, as without group.
+    outside the model's forward, or a second time in it, are normalised for themselves, as without group. u and v of what a
+    forward has read advance together: at its end, also where it raises, or before such a second read.
 
     u and v stay the modules' buffers: state_dicts don't change. They are never saved for backward, so that what
     ``DistributedDataParallel`` broadcasts into them does no harm; ranks with equal weights compute equal bits. Backward
@@ -76,7 +74,7 @@ class SpectralNormGroup:
     raise. Writing through ``weight.data`` doesn't; call ``group.refresh()`` after that.
 
     Raises:
-        ValueError: an unknown ``refresh``; a model without weights that fastgan normalises.
+        ValueError: an unknown ``refresh``; a model without weights that fastgan normalises, or with one in another group.
         RuntimeError: at the forward: weights sharded over ranks (FSDP2's DTensor). The group looks at weights before the
             layers' own hooks have gathered them, when no rank has all rows: there, normalise layer by layer.
     """
@@ -90,10 +88,18 @@ class SpectralNormGroup:
                 "SpectralNormGroup: the model has no weight that fastgan normalises; apply fastgan.spectral_norm to its layers "
                 "first (torch's own spectral_norm doesn't count)"
             )
+        if any(member.form._group is not None for member in self._members):
+            raise ValueError("SpectralNormGroup: a weight of the model is in a group already; call remove() of that one first")
+        self._forms = [member.form for member in self._members]
+        kinds = "_parameters", "_buffers", "_buffers"
+        places = zip(*(member.places for member in self._members), strict=True)
+        self._places = list(zip(places, kinds, strict=True))
         self._per_step, self.frozen, self._stale = refresh == "per_step", False, True
         self._versions: list[tuple] = []
-        #: form -> (normalised weight, u, v), the last two None where they don't advance; until the layer reads it
-        self.ready: dict = {}
+        #: form -> (normalised weight, what u and v are and become, or None), until the layer reads it
+        self._ready: dict = {}
+        #: what u and v are and become, of layers that have read their weight in this forward
+        self._moving: list[tuple] = []
         for member in self._members:
             member.form._group = self
         self._handles = [
@@ -123,39 +129,54 @@ class SpectralNormGroup:
             handle.remove()
         for member in self._members:
             member.form._group = None
-        self.ready.clear()
+        self._ready.clear()
 
-    def _has_changed(self) -> bool:
+    def take(self, form) -> Tensor | None:
+        """For a layer that reads its weight: the normalised one, once per forward."""
+        normalised, move = self._ready.pop(form, (None, None))
+        if move is not None:
+            self._moving.append(move)
+        elif normalised is None:
+            self._move()  # read again: from where the first read left u and v
+        return normalised
+
+    def _move(self) -> None:
+        """Advance u and v of the layers that have read their weight, all in one call."""
+        if self._moving:
+            u, v, new_u, new_v = zip(*self._moving, strict=True)
+            self._moving.clear()
+            torch._foreach_copy_([*u, *v], [*new_u, *new_v])
+
+    def _has_changed(self, weights: list[Tensor]) -> bool:
         if not self._per_step:
             return True
-        versions = [(id(member.weight), member.weight._version) for member in self._members]
+        versions = [(id(weight), weight._version) for weight in weights]
         changed = self._stale or versions != self._versions
         if not self.frozen:
             self._stale, self._versions = False, versions
         return changed
 
     def _before(self, model, inputs) -> None:
-        iterate = not self.frozen and self._has_changed()
-        batches: dict[tuple, tuple[list, ...]] = {}
-        for member in self._members:
-            weight, u, v = member.tensors()
-            if type(weight) not in (Tensor, nn.Parameter) and hasattr(weight, "full_tensor"):
-                raise RuntimeError(
-                    "SpectralNormGroup: a weight is sharded over ranks (DTensor), and no rank has all of its rows; "
-                    "call group.remove() and normalise layer by layer, or leave these layers unsharded"
-                )
-            iterations, *rest = member.options
-            steps = iterations if iterate and member.training_of.training else 0
-            batch = batches.setdefault((steps, *rest, weight.device, weight.dtype), ([], [], [], [], []))
-            for values, value in zip(batch, (member.form, weight, u, v, member.form.dim), strict=True):
-                values.append(value)
-        for (*options, _, dtype), (forms, weights, u, v, dims) in batches.items():
+        weights, u, v = (_read(*place) for place in self._places)
+        if any(type(weight) not in (nn.Parameter, Tensor) and hasattr(weight, "full_tensor") for weight in weights):
+            raise RuntimeError(
+                "SpectralNormGroup: a weight is sharded over ranks (DTensor), and no rank has all of its rows; "
+                "call group.remove() and normalise layer by layer, or leave these layers unsharded"
+            )
+        iterate = not self.frozen and self._has_changed(weights)
+        batches: dict[tuple, list[int]] = {}
+        for i, (member, weight) in enumerate(zip(self._members, weights, strict=True)):
+            batches.setdefault((*member.options(iterate), weight.device, weight.dtype), []).append(i)
+        for (*options, _, dtype), which in batches.items():
+            forms, some, old_u, old_v = ([values[i] for i in which] for values in (self._forms, weights, u, v))
+            vectors = old_u, old_v
             if dtype in (torch.float16, torch.bfloat16):
-                u, v = [x.float() for x in u], [x.float() for x in v]
-            results = _ops.normalise_many(weights, u, v, dims, *options)
-            for form, normalised, new_u, new_v in zip(forms, *results, strict=True):
-                # A layer that this forward never reads doesn't advance, as without group: u and v wait for the read.
-                self.ready[form] = (normalised, new_u, new_v) if options[0] else (normalised, None, None)
+                vectors = ([x.float() for x in old] for old in vectors)
+            results = _ops.normalise_many(some, *vectors, [form.dim for form in forms], *options)
+            # A layer that this forward never reads doesn't advance, as without group: u and v wait for the read.
+            moves = zip(old_u, old_v, *results[1:], strict=True) if options[0] else [None] * len(forms)
+            self._ready.update(zip(forms, zip(results[0], moves, strict=True), strict=True))
 
     def _after(self, model, inputs, output) -> None:
-        self.ready.clear()
+        self._move()
+        self._ready.clear()

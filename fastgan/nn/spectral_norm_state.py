@@ -18,6 +18,8 @@ _KEYS = {
 }
 #: torch's forms divide by u^T W v as stored. The others take one iteration from u (v, then u) in every forward, in eval too.
 _AS_STORED = ("hook", "parametrize")
+#: where BigGAN's layers, and fastgan's with num_svs, have their estimates of further singular values: u1, ... and sv0, sv1, ...
+_FURTHER = {"biggan": "", "parametrize": "parametrizations.{}.0."}
 #: these wrap the layer, whose other parameters (the bias) are then one level down
 _WRAPPERS = ("torchgan", "cosgrove")
 
@@ -32,6 +34,10 @@ class _Layer:
 
     def keys(self, scheme: str | None = None) -> list[str | None]:
         return [key and self.prefix + key.format(self.name) for key in _KEYS[scheme or self.scheme]]
+
+
+def _is_further(name: str) -> bool:
+    return name.rstrip("0123456789") in ("u", "sv") and name[-1].isdigit()
 
 
 def _found_at(state: Mapping, key: str, name: str | None = None) -> _Layer | None:
@@ -100,11 +106,12 @@ def _convert_layer(state: dict, layer: _Layer, to: str, dim: int | None) -> None
         v = _unit(matrix.T @ u)
         if to in _AS_STORED:
             u = _unit(matrix @ v)
-    if layer.scheme == "biggan":
-        for key in [
-            k for k in state if k.startswith(layer.prefix) and k[len(layer.prefix) :].rstrip("0123456789") in ("u", "sv")
-        ]:
-            del state[key]  # of further singular values, which nothing is divided by
+    if layer.scheme in _FURTHER:
+        holder = layer.prefix + _FURTHER[layer.scheme].format(layer.name)
+        for key in [k for k in state if k.startswith(holder) and _is_further(k[len(holder) :])]:
+            value = state.pop(key)  # nothing is divided by these, and other layers have no place for them
+            if to == "biggan":
+                state[layer.prefix + key[len(holder) :]] = value
     new_weight, new_u, new_v, new_sigma = layer.keys(to)
     row = (1, -1) if to in ("biggan", "mimicry") else (-1,)
     state[new_weight], state[new_u] = weight, u.to(dtype).view(row)
@@ -171,7 +178,11 @@ def convert_spectral_state_dict(sd: Mapping[str, Tensor], to: str, *, dims: Mapp
 
 
 class AcceptAnyScheme:
-    """A load_state_dict pre-hook of a module: its own weight, found in any scheme, is loaded."""
+    """A load_state_dict pre-hook of a module: its own weight, found in any scheme, is loaded.
+
+    With estimates of further singular values (num_svs) BigGAN's are loaded into them, and a state_dict without any leaves
+    them as they are.
+    """
 
     def __init__(self, name: str, to: str, dim: int):
         self.name, self.to, self.dim = name, to, dim
@@ -182,6 +193,11 @@ class AcceptAnyScheme:
         for key in [k for k in state_dict if k.startswith(prefix)]:
             layer = _found_at(state_dict, key, self.name)
             if layer is not None and layer.prefix == prefix:
+                if self.to == "parametrize":
+                    for further, value in module.parametrizations[self.name][0].named_buffers():
+                        if _is_further(further):
+                            found = state_dict.get(prefix + further, value) if layer.scheme == "biggan" else value
+                            state_dict.setdefault(prefix + _FURTHER["parametrize"].format(self.name) + further, found)
                 if layer.scheme != self.to:
                     _convert_layer(state_dict, layer, self.to, self.dim)
                 return

@@ -16,6 +16,8 @@ Two rules where torch leaves NaN behind. sigma = 0 gives s = 1: a weight of zero
 iteration is not taken where a vector it yields is zero or not finite: u and v stay what they were, so that neither a weight
 of zeros nor one that has diverged destroys them (the normalised weight does show NaN then).
 
+``spectral_norm_sigma`` does without the normalised weight, and so without writing it.
+
 u, v and sigma are float32 for weights of 16 bits and of the weight's dtype otherwise. ``spectral_norm_multi`` does the same for
 a list of weights in one call, sigma being one tensor of all.
 """
@@ -68,13 +70,16 @@ def _scale(sigma: Tensor, target: float, at_most: bool) -> tuple[Tensor, Tensor,
     return torch.where(active, s, 1.0), torch.where(active, -s / safe, 0.0), torch.where(active, 2 * s / safe / safe, 0.0)
 
 
-def forward_reference(weight, u, v, dim, n_power_iterations, eps, v_first, target, at_most):
+def sigma_reference(weight, u, v, dim, n_power_iterations, eps, v_first):
     matrix = _matrix(weight, dim)
     new_u, new_v = _iterate(matrix, u, v, n_power_iterations, eps, v_first)
-    sigma = new_u @ (matrix @ new_v)
+    return new_u.clone(), new_v.clone(), new_u @ (matrix @ new_v)
+
+
+def forward_reference(weight, u, v, dim, n_power_iterations, eps, v_first, target, at_most):
+    new_u, new_v, sigma = sigma_reference(weight, u, v, dim, n_power_iterations, eps, v_first)
     s, _, _ = _scale(sigma, target, at_most)
-    normalised = torch.empty_like(weight).copy_(weight.to(sigma.dtype) * s)
-    return normalised, new_u.clone(), new_v.clone(), sigma
+    return torch.empty_like(weight).copy_(weight.to(sigma.dtype) * s), new_u, new_v, sigma
 
 
 def backward_reference(grad, weight, u, v, sigma, dim, target, at_most):
@@ -118,12 +123,16 @@ def _tangent(t, weight, u, v, sigma, dim, target, at_most):
     return (s * t.to(sigma.dtype) + (ds * along) * weight.to(sigma.dtype)).to(weight.dtype), along
 
 
+def _sigma_gradient(grad_sigma, weight, u, v, dim):
+    return (grad_sigma * _outer(u, v, weight.shape, dim)).to(weight.dtype)
+
+
 def _gradient(grad, grad_sigma, weight, u, v, sigma, dim, target, at_most):
     """With respect to the weight, of both differentiable results; either gradient may be None."""
     of_weight = None if grad is None else backward(grad, weight, u, v, sigma, dim, target, at_most)
     if grad_sigma is None:
         return of_weight
-    of_sigma = (grad_sigma * _outer(u, v, weight.shape, dim)).to(weight.dtype)
+    of_sigma = _sigma_gradient(grad_sigma, weight, u, v, dim)
     return of_sigma if of_weight is None else of_weight + of_sigma
 
 
@@ -180,6 +189,23 @@ def _backward_jvp(ctx, t_grad, t_weight, _u, _v, t_sigma, *_):
     return (direct + along * _outer(u, v, weight.shape, dim)).to(weight.dtype)
 
 
+def _sigma_setup(ctx, inputs, output):
+    ctx.dim = inputs[3]
+    saved = inputs[0], *output[:2]
+    ctx.save_for_backward(*saved)
+    ctx.save_for_forward(*saved)
+    ctx.mark_non_differentiable(*output[:2])
+
+
+def _sigma_backward(ctx, _u, _v, grad_sigma):
+    return _sigma_gradient(grad_sigma, *ctx.saved_tensors, ctx.dim), *(None,) * 6
+
+
+def _sigma_jvp(ctx, t, *_):
+    _, u, v = ctx.saved_tensors
+    return None, None, u @ (_matrix(t, ctx.dim) @ v)
+
+
 def _multi_setup(ctx, inputs, output):
     weights, dims = inputs[0], inputs[3]
     count = len(weights)
@@ -201,15 +227,16 @@ def _multi_gradients(grads, grad_sigma, weights, u, v, sigma, dims, options) -> 
     # A layer whose result went unused takes no part; what is left is one call again.
     used = [i for i, grad in enumerate(grads) if grad is not None]
     result: list[Tensor | None] = [None] * len(weights)
-    if used:
+    if len(used) == len(weights):
+        result = multi_backward(grads, weights, u, v, sigma, dims, *options)
+    elif used:
         pick = lambda values: [values[i] for i in used]  # noqa: E731
-        some = sigma if len(used) == len(weights) else sigma[used]
-        parts = multi_backward(pick(grads), pick(weights), pick(u), pick(v), some, pick(dims), *options)
+        parts = multi_backward(pick(grads), pick(weights), pick(u), pick(v), sigma[used], pick(dims), *options)
         for i, part in zip(used, parts, strict=True):
             result[i] = part
     if grad_sigma is not None:
         for i, weight in enumerate(weights):
-            part = (grad_sigma[i] * _outer(u[i], v[i], weight.shape, dims[i])).to(weight.dtype)
+            part = _sigma_gradient(grad_sigma[i], weight, u[i], v[i], dims[i])
             result[i] = part if result[i] is None else result[i] + part
     return result
 
@@ -243,7 +270,8 @@ def _multi_backward_backward(ctx, *xs):
 
 
 _OPTIONS = "float target, bool at_most"
-_ITERATION = "int n_power_iterations, float eps, bool v_first, " + _OPTIONS
+_STEPS = "int n_power_iterations, float eps, bool v_first"
+_ITERATION = f"{_STEPS}, {_OPTIONS}"
 
 forward = declare(
     f"spectral_norm(Tensor weight, Tensor u, Tensor v, int dim, {_ITERATION}) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -252,6 +280,14 @@ forward = declare(
     setup_context=_forward_setup,
     backward=_forward_backward,
     jvp=_forward_jvp,
+)
+sigma_alone = declare(
+    f"spectral_norm_sigma(Tensor weight, Tensor u, Tensor v, int dim, {_STEPS}) -> (Tensor, Tensor, Tensor)",
+    reference=sigma_reference,
+    fake=lambda weight, u, v, *_: _like_outputs(weight, u, v)[1:],
+    setup_context=_sigma_setup,
+    backward=_sigma_backward,
+    jvp=_sigma_jvp,
 )
 backward = declare(
     f"spectral_norm_backward(Tensor grad, Tensor weight, Tensor u, Tensor v, Tensor sigma, int dim, {_OPTIONS}) -> Tensor",
@@ -291,39 +327,41 @@ def _plain_eager() -> bool:
 
 
 # What layers call. autograd's time per tensor is what small layers take, so in plain eager mode it gets the normalised weights
-# alone: not u, v and sigma, which no layer differentiates.
+# alone: not u, v and sigma, which no layer differentiates. Those are constants that nothing else refers to, so backward
+# finds them on ctx: save_for_backward would only wrap them, and take them out again.
 
 
 class _One(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, computed, dim, options, weight):
-        normalised, *constants = computed
-        ctx.save_for_backward(weight, *constants)
-        ctx.options = dim, *options
+    def forward(ctx, computed, options, weight):
+        normalised, *ctx.constants = computed
+        ctx.options = options
+        ctx.save_for_backward(weight)
         return normalised
 
     @staticmethod
     def backward(ctx, grad):
-        weight, u, v, sigma = ctx.saved_tensors
+        (weight,) = ctx.saved_tensors
+        u, v, sigma = ctx.constants
         if torch.is_grad_enabled() or not _plain_eager():  # to be differentiated in turn: sigma depends on the weight
             sigma = u @ (_matrix(weight, ctx.options[0]) @ v)
-            return None, None, None, backward(grad, weight, u, v, sigma, *ctx.options)
+            return None, None, backward(grad, weight, u, v, sigma, *ctx.options)
         with torch._C._AutoDispatchBelowAutograd():
-            return None, None, None, backward(grad, weight, u, v, sigma, *ctx.options)
+            return None, None, backward(grad, weight, u, v, sigma, *ctx.options)
 
 
 class _Many(torch.autograd.Function):
     @staticmethod
     def forward(ctx, computed, dims, options, *weights):
-        normalised, u, v, sigma = computed
-        ctx.save_for_backward(*weights, *u, *v, sigma)
+        normalised, *ctx.constants = computed
         ctx.dims, ctx.options = dims, options
+        ctx.save_for_backward(*weights)
         ctx.set_materialize_grads(False)
         return tuple(normalised)
 
     @staticmethod
     def backward(ctx, *grads):
-        weights, u, v, sigma = _multi_saved(ctx)
+        weights, (u, v, sigma) = ctx.saved_tensors, ctx.constants
         if torch.is_grad_enabled() or not _plain_eager():
             each = [a @ (_matrix(w, dim) @ b) for w, a, b, dim in zip(weights, u, v, ctx.dims, strict=True)]
             of_weights = _multi_gradients(grads, None, weights, u, v, torch.stack(each), ctx.dims, ctx.options)
@@ -344,7 +382,7 @@ def normalise_one(weight: Tensor, u: Tensor, v: Tensor, dim: int, *iteration) ->
     with torch._C._AutoDispatchBelowAutograd():
         computed = forward(weight, u, v, dim, *iteration)
     if weight.requires_grad and torch.is_grad_enabled():
-        return _apply_one(computed, dim, iteration[3:], weight), *computed[1:3]
+        return _apply_one(computed, (dim, *iteration[3:]), weight), *computed[1:3]
     return computed[:3]
 
 

@@ -6,16 +6,21 @@ from torch.nn import functional as F
 from torch.nn.modules import module as module_state
 from torch.nn.utils import parametrize
 
-from fastgan.nn.spectral_norm import Groupable, check_options, check_weight, matrix_dim, normalise
+from fastgan._dtypes import accumulate_dtype
+from fastgan.functional import top_singular_values
+from fastgan.nn.spectral_norm import Groupable, check_num_svs, check_options, check_weight, matrix_dim, normalise
 from fastgan.nn.spectral_norm_state import AcceptAnyScheme
 
 _INITIAL_ITERATIONS = 15  # as torch: u and v start out as estimates
 
 
 class _SpectralNorm(Groupable, nn.Module):
-    """weight -> weight / sigma, with the buffers ``_u`` and ``_v`` of torch's class of this name."""
+    """weight -> weight / sigma, with the buffers ``_u`` and ``_v`` of torch's class of this name.
 
-    def __init__(self, weight: Tensor, n_power_iterations=1, dim=0, eps=1e-12, *, target=1.0, at_most=False):
+    With num_svs, also BigGAN's ``u1``, ... and ``sv0``, ``sv1``, ... of BigGAN's shapes, (1, h) and (1,).
+    """
+
+    def __init__(self, weight: Tensor, n_power_iterations=1, dim=0, eps=1e-12, *, target=1.0, at_most=False, num_svs=1):
         super().__init__()
         if not -weight.dim() <= dim < weight.dim():
             raise IndexError(
@@ -24,7 +29,7 @@ class _SpectralNorm(Groupable, nn.Module):
             )
         check_options(n_power_iterations, eps, target)
         self.dim, self.eps, self.n_power_iterations = dim % weight.dim(), eps, n_power_iterations
-        self.target, self.at_most = target, at_most
+        self.target, self.at_most, self.num_svs = target, at_most, num_svs
         if weight.dim() > 1:
             rows = weight.shape[self.dim]
             u, v = (weight.new_empty(size).normal_() for size in (rows, weight.numel() // max(1, rows)))
@@ -32,17 +37,38 @@ class _SpectralNorm(Groupable, nn.Module):
             self.register_buffer("_v", F.normalize(v, dim=0, eps=eps))
             with torch.no_grad():
                 normalise(weight, self._u, self._v, self.dim, _INITIAL_ITERATIONS, eps, False)
+            check_num_svs(num_svs, rows, weight.numel() // max(1, rows))
+            if num_svs > 1:
+                for i in range(1, num_svs):
+                    self.register_buffer(f"u{i}", weight.new_empty(1, rows).normal_())
+                for i in range(num_svs):
+                    self.register_buffer(f"sv{i}", weight.new_ones(1))
+                self._track(weight, _INITIAL_ITERATIONS)
+        else:
+            check_num_svs(num_svs, 1, 1)
+
+    @torch.no_grad()
+    def _track(self, weight: Tensor, n_power_iterations: int) -> None:
+        """Advance the estimates of further singular values; one that is zero or not finite is not taken."""
+        buffers = self._buffers
+        kept = [buffers[f"u{i}"] for i in range(1, self.num_svs)]
+        u = torch.cat([buffers["_u"][None], *kept]).to(accumulate_dtype(weight.dtype))
+        new_u, _, sigma = top_singular_values(weight, u, dim=self.dim, n_power_iterations=n_power_iterations, eps=self.eps)
+        usable = new_u.isfinite().all() & new_u.any(1).all()
+        torch._foreach_copy_(kept, list(torch.where(usable, new_u, u)[1:, None]))
+        torch._foreach_copy_([buffers[f"sv{i}"] for i in range(self.num_svs)], list(sigma[:, None]))
 
     def forward(self, weight: Tensor) -> Tensor:
         if weight.dim() == 1:  # a vector is its own singular vector
             norm = torch.linalg.vector_norm(weight).clamp_min(self.eps) / self.target
             return weight / (norm.clamp_min(1.0) if self.at_most else norm)
-        u, v = self._u, self._v
-        ready = self.take(u, v)
+        if self.num_svs > 1 and (iterations := self.iterations(self.training)):
+            self._track(weight, iterations)
+        ready = self.take()
         if ready is not None:
             return ready
-        iterations = self.iterations(self.training)
-        return normalise(weight, u, v, self.dim, iterations, self.eps, False, self.target, self.at_most)
+        iterations, buffers = self.iterations(self.training), self._buffers  # not by __getattr__, which takes longer
+        return normalise(weight, buffers["_u"], buffers["_v"], self.dim, iterations, self.eps, False, self.target, self.at_most)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         return value
@@ -54,19 +80,13 @@ class _Chain(parametrize.ParametrizationList):
     def __call__(self):
         if len(self._modules) == 1 and not torch.compiler.is_compiling():
             only = self._modules["0"]
-            if not (_has_hooks(self) or _has_hooks(only)):
+            if not (_hooks(self) or _hooks(only) or module_state._has_any_global_hook()):
                 return only.forward(self.original)
         return super().__call__()
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-        or module_state._has_any_global_hook()
-    )
+def _hooks(module: nn.Module):
+    return module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
 
 
 def spectral_norm(
@@ -78,6 +98,7 @@ def spectral_norm(
     *,
     target: float = 1.0,
     at_most: bool = False,
+    num_svs: int = 1,
 ) -> nn.Module:
     r"""Divide a module's weight by its largest singular value whenever it is used, as a parametrization.
 
@@ -93,13 +114,16 @@ def spectral_norm(
         dim: dimension of the weight that the matrix has as rows. Default: 0, for ConvTranspose1d to 3d 1.
         target: normalise to this largest singular value instead of 1.
         at_most: leave weights alone whose largest singular value is not above ``target``: :math:`W / \max(1, \sigma / target)`.
+        num_svs: keep estimates of this many of the largest singular values, for logging; the weight is divided by the first.
+            They are BigGAN's buffers, in the parametrization: ``sv0``, ``sv1``, ... of shape (1,), and ``u1``, ... (1, h). Each
+            access in training mode then also takes :func:`fastgan.functional.top_singular_values`'s products.
 
     Returns:
         ``module``.
 
     Raises:
         ValueError: the module has no such parameter, it is None or uninitialized; a negative number of iterations or eps; a
-            target that is not positive.
+            target that is not positive; ``num_svs`` below 1 or above the smaller side of the matrix.
         IndexError: ``dim`` is out of range.
         TypeError: the weight is not of a floating dtype.
 
@@ -109,7 +133,8 @@ def spectral_norm(
     ``.half()`` in torch, but the arithmetic is float32.
 
     Source: Miyato et al. 2018, "Spectral Normalization for Generative Adversarial Networks"; ``at_most`` is TF-GAN's
-    ``equality_constrained=False``.
+    ``equality_constrained=False``; ``num_svs`` is of Brock et al. 2018, "Large Scale GAN Training for High Fidelity Natural
+    Image Synthesis".
     """
     weight = getattr(module, name, None)
     if not isinstance(weight, Tensor):
@@ -118,7 +143,8 @@ def spectral_norm(
             f"it has {', '.join(repr(n) for n, _ in module.named_parameters(recurse=False)) or 'none'}"
         )
     check_weight(module, name, weight)
-    made = _SpectralNorm(weight, n_power_iterations, matrix_dim(module, dim), eps, target=target, at_most=at_most)
+    options = {"target": target, "at_most": at_most, "num_svs": num_svs}
+    made = _SpectralNorm(weight, n_power_iterations, matrix_dim(module, dim), eps, **options)
     parametrize.register_parametrization(module, name, made)
     chain = module.parametrizations[name]
     if len(chain) == 1:

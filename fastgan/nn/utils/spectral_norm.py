@@ -27,7 +27,7 @@ class SpectralNorm(Groupable, _TorchSpectralNorm):
         return normalise(weight, u, v, self.dim, self.iterations(do_power_iteration), self.eps, True)
 
     def __call__(self, module: nn.Module, inputs) -> None:
-        ready = self.take(getattr(module, self.name + "_u"), getattr(module, self.name + "_v"))
+        ready = self.take()
         self._latest = self.compute_weight(module, module.training) if ready is None else ready
         setattr(module, self.name, self._latest)
 
