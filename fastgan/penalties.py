@@ -33,6 +33,7 @@ from .critic.forward import Forward, unwrap
 from .critic.inputs import check_batch, interpolate, scale_of, weights_for
 from .critic.outputs import score_list
 from .critic.reduction import Form, penalty_value
+from .critic.replicas import Replica, refuse_sharded
 from .ops.gradient_penalty import norms_of
 
 __all__ = [
@@ -69,22 +70,32 @@ def penalise(
     """The penalty ``form`` at ``inputs``: what every function of this module comes down to."""
     engine.check_method(method)
     check_batch("inputs", inputs)
-    critic = unwrap(critic)
-    scale = scale_of(grad_scaler)
-    forward = Forward(critic, inputs, args, score_fn, replayable=method in ("jvp", "finite_difference"))
+    refuse_sharded(critic)
+    replica = Replica(unwrap(critic))
+    critic, scale = unwrap(replica.module), scale_of(grad_scaler)
+    with replica.forward():
+        forward = Forward(critic, inputs, args, score_fn, replayable=engine.may_repeat(critic, method))
     weights = weights_for(forward.scores, output_weights)
     if not torch.is_grad_enabled():
         with torch.enable_grad():
             g = fallback.input_gradient(forward, weights, scale)
         value, norms = penalty_value(g, form)
     else:
-        value, norms = _with_gradients(forward, form, weights, method, scale, force)
+        value, norms = _with_gradients(forward, form, weights, method, scale, force, replica.ddp is not None)
+        value = replica.finish(value)
     return (value, norms.detach()) if return_norms else value
 
 
-def _with_gradients(forward, form, weights, method, scale, force):
+def _with_gradients(forward, form, weights, method, scale, force, every_leaf):
+    """(penalty with gradients attached, norms). ``every_leaf``: even those that only the scores depend on (a last bias) get a
+    gradient, which DistributedDataParallel waits for."""
+
+    def differentiable():
+        value, norms = fallback.differentiable_penalty(forward, form, weights, scale)
+        return value + 0 * fallback.weighted_sum(forward.scores, weights) if every_leaf else value, norms
+
     if method == "double_backward":
-        return fallback.differentiable_penalty(forward, form, weights, scale)
+        return differentiable()
     try:
         if method in ("auto", "fused"):
             found = engine.shared_pass(forward, None, form, weights, scale)
@@ -93,7 +104,9 @@ def _with_gradients(forward, form, weights, method, scale, force):
     except engine.Refused as refused:
         if method == "fused":
             raise RuntimeError(f'method="fused" is not exact for this critic: {refused}') from refused
-        return fallback.differentiable_penalty(forward, form, weights, scale)
+        if not engine.forward_mode_instead(forward):
+            return differentiable()
+        found = engine.directional(forward, None, form, weights, "jvp", scale)
     for key, leaf in found.leaves.items():
         if key not in found.gradients:
             found.gradients[key] = torch.zeros_like(leaf)  # biases: as eager, whose second derivatives are dense zeros

@@ -332,6 +332,31 @@ def test_finite_difference_refuses_a_hidden_kink():
         fastgan.r1_penalty(critic, real, method="finite_difference")
 
 
+class SelfAttention(nn.Module):
+    def forward(self, x):
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def test_flash_attention_takes_forward_mode_by_itself():
+    torch.manual_seed(0)
+    critic = nn.Sequential(nn.Dropout(0.3), critics.conv(3, 3), SelfAttention(), critics.LazyHead()).double()
+    real = critics.images(size=4)
+
+    def penalty(kernel, **options):
+        torch.manual_seed(5)
+        with torch.nn.attention.sdpa_kernel(kernel):
+            critic(real)
+            value = fastgan.r1_penalty(critic, real, **options)
+        return value, torch.get_rng_state()
+
+    flash, math = torch.nn.attention.SDPBackend.FLASH_ATTENTION, torch.nn.attention.SDPBackend.MATH
+    for _ in range(2):
+        compare(critic, lambda _: penalty(flash)[0], lambda _: penalty(math, method="double_backward")[0])
+        assert torch.equal(penalty(flash)[1], penalty(math, method="double_backward")[1])
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        penalty(flash, method="double_backward")
+
+
 def test_fused_says_why_not():
     with pytest.raises(RuntimeError, match="Silu"):
         fastgan.r1_penalty(smooth(), pair()[0], method="fused")

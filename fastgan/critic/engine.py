@@ -27,6 +27,7 @@ FUSED, DOUBLE = "fused", "double_backward"
 
 _PLANS = weakref.WeakKeyDictionary()  # critic -> {signature: Plan}
 _PLANS_PER_CRITIC = 64
+_REPEATED = weakref.WeakKeyDictionary()  # critic -> could "auto" not do without repeating its forwards, the last time?
 
 
 @dataclass
@@ -68,6 +69,23 @@ class Gradients:
 def check_method(method):
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+
+
+def may_repeat(critic, method):
+    """Must a forward be recorded such that it can be run again? Under "auto" for a critic that is not known yet, too."""
+    if method != "auto":
+        return method in ("jvp", "finite_difference")
+    anchor = owner(critic)
+    return anchor is None or _REPEATED.get(anchor, True)
+
+
+def forward_mode_instead(forward):
+    """Has "auto" to take forward mode where the shared pass is not allowed: why, or '' where double backward serves."""
+    fused = fallback.first_order_only(forward)
+    anchor = owner(forward.critic)
+    if anchor is not None:
+        _REPEATED[anchor] = bool(fused)
+    return fused and forward.snapshot and f"{fused} cannot be differentiated twice"
 
 
 def plan_for(forward):
@@ -143,7 +161,7 @@ def sample_factor(cotangents, weights, scores, always_per_sample=False, checks=N
         room = 4 * torch.finfo(s.dtype).eps
         why = "the loss's derivative differs between the scores of one sample (patches or outputs)"
         for r in ratios:
-            alike = ((r.reshape(n, -1) - s[:, None]).abs() <= room * s[:, None].abs()).all()
+            alike = ~((r.reshape(n, -1) - s[:, None]).abs() > room * s[:, None].abs()).any()  # NaN passes, and stays NaN
             if checks is not None:
                 checks.append((alike, why))
             elif not bool(alike):
@@ -177,8 +195,9 @@ def shared_pass(forward, cotangents, form, weights, scale=1.0):
         release = plan.trusted and not plan.value_dependent
         tangents = run.tangents(w, s, release)
         per_sample = per_sample and inner.shape[0] == forward.samples
+        told = True
         if any(t is not None for t in tangents):
-            fine, tolerance = check_tangents(tangents, weights, inner, per_sample, run.up)
+            fine, judged, tolerance = check_tangents(tangents, weights, inner, per_sample, run.up)
             message = (
                 f"samples interact in a way that depends on values: the scores' change along the penalty's direction "
                 f"is off by more than {tolerance:g}"
@@ -190,6 +209,8 @@ def shared_pass(forward, cotangents, form, weights, scale=1.0):
                     plan.refusal = message
                     raise SamplesCoupled(message + '; call again, or use method="double_backward"')
                 raise Refused(message)
+            else:
+                told = bool(judged)
     except (RuntimeError, NotImplementedError, AttributeError) as error:
         if isinstance(error, SamplesCoupled) or plan.trusted:
             raise
@@ -200,7 +221,7 @@ def shared_pass(forward, cotangents, form, weights, scale=1.0):
         constant = [k for k, o in enumerate(forward.scores) if graph.index.get(o.grad_fn) not in on_x]
         run.add_outputs([(forward.scores[k], cotangents[k]) for k in constant])
     gradients = push_to_leaves(run.edges, leaves)
-    plan.trusted = True
+    plan.trusted = plan.trusted or told
     why = f"piecewise linear in the input; {len(plan.taps)} places where parameters enter"
     if cotangents is not None:
         why += "; samples proved independent" if isinstance(s, torch.Tensor) else "; one loss derivative for all scores"
@@ -231,13 +252,13 @@ def directional(forward, cotangents, form, weights, method, scale=1.0, force=Fal
         slope = fallback.directional_difference(forward, w, weights)
         if not force:
             fallback.refuse_wrong_slope(slope.detach(), inner.sum())
-    leaves = fallback.graph_leaves([slope])
+    leaves = fallback.graph_leaves([slope, *forward.scores], forward.x)
     try:
         gradients = fallback.gradients_of(slope, leaves, scale)
     except CheckpointError as error:
         raise RuntimeError(
             f'method="{method}" cannot cross activation checkpointing, whose recomputation has no tangents: '
-            'use method="auto", or switch checkpointing off'
+            'use method="double_backward" or "finite_difference", or switch checkpointing off'
         ) from error
     along = Gradients(penalty, norms, gradients, leaves, method, "asked for")
     along.merge(result)
@@ -265,6 +286,10 @@ def penalised(forward, cotangents, form, weights, method="auto", scale=1.0, forc
         if method == FUSED:
             raise RuntimeError(f'method="fused" is not exact for this critic: {refused}') from refused
         why = str(refused)
+    if only_once := forward_mode_instead(forward):
+        found = directional(forward, cotangents, form, weights, "jvp", scale)
+        found.why = f"{why}; {only_once}"
+        return found
     return double_backward(forward, cotangents, form, weights, scale, why)
 
 

@@ -49,13 +49,18 @@ def differentiable_penalty(forward, form, weights, scale=1.0):
         return penalty_value(g, form)
 
 
-def refuse_first_order_only(forward):
-    """Raise RuntimeError for fused attention, whose kernels have no second derivative; PyTorch would say so only later."""
+def first_order_only(forward):
+    """Names of the graph's fused attention, whose kernels have no second derivative; '' if there are none."""
     nodes = Graph([s for s in forward.scores if s.grad_fn is not None]).nodes
-    fused = {n.name() for n in nodes if n.name().startswith("ScaledDotProduct")}
+    return ", ".join(sorted({n.name() for n in nodes if n.name().startswith("ScaledDotProduct")}))
+
+
+def refuse_first_order_only(forward):
+    """Raise RuntimeError for fused attention, of which PyTorch would say only later that it cannot be done."""
+    fused = first_order_only(forward)
     if fused:
         raise RuntimeError(
-            f"{', '.join(sorted(fused))} cannot be differentiated twice: run the critic under "
+            f"{fused} cannot be differentiated twice: run the critic under "
             'torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or use method="jvp", which writes attention out and is exact, or '
             'method="finite_difference"'
         )

@@ -62,7 +62,8 @@ class SharedPass:
         for score, weight in zip(self.forward.scores, self.weights, strict=False):
             if score.grad_fn is None or self.graph.index.get(score.grad_fn) is None:
                 continue
-            seed = torch.full_like(score, weight * self.down)
+            # a scale beyond a dtype's range becomes inf, which a GradScaler looks for, not an error
+            seed = torch.full_like(score, weight * self.down, dtype=accumulate_dtype(score.dtype)).to(score.dtype)
             if factors is not None:
                 seed = seed * factors.view([-1] + [1] * (score.dim() - 1)).to(score.dtype)
             outputs.append(score)
@@ -349,9 +350,11 @@ class _Stored:
 
 
 def check_tangents(tangents, weights, expected, per_sample, scale=1.0):
-    """(True tensor if the scores' change along w is <g_i, w_i> for each sample, or in total; the tolerance).
+    """(True tensor if the scores' change along w is <g_i, w_i> for each sample, or in total; whether that could be told;
+    the tolerance).
 
-    ``scale``: what the tangents were multiplied by. Changes below a dtype's normal numbers are not judged.
+    ``scale``: what the tangents were multiplied by. Changes below a dtype's normal numbers are not judged, nor are infinite
+    ones and NaN: the gradients show those, as eager's do, and a GradScaler waits for them.
     """
     total, tolerance, floor = 0, 0.0, 0.0
     for t, weight in zip(tangents, weights, strict=False):
@@ -362,4 +365,6 @@ def check_tangents(tangents, weights, expected, per_sample, scale=1.0):
         t = t.to(expected.dtype)
         total = total + weight / scale * (t.reshape(t.shape[0], -1).sum(1) if per_sample else t.sum())
     expected = expected if per_sample else expected.sum()
-    return (total - expected).norm() <= tolerance * expected.norm() + floor, tolerance
+    off = (total - expected).norm()
+    judged = off.isfinite()
+    return (off <= tolerance * expected.norm() + floor) | ~judged, judged, tolerance

@@ -186,7 +186,7 @@ class _Step:
         self.used = {}
 
     def forward(self, inputs, args, penalised):
-        replayable = penalised and self.method in ("jvp", "finite_difference")
+        replayable = penalised and engine.may_repeat(self.critic, self.method)
         with self.replica.forward():
             forward = Forward(self.critic, inputs, args, self.score_fn, penalised=penalised, replayable=replayable)
         if penalised and self.method in ("auto", "fused"):
@@ -243,7 +243,6 @@ class _Step:
                 self._branch(name, forwards.pop(name), cotangents, forms, share)
 
     def _joint(self, part, forms, forward=None):
-        b = part.real.shape[0]
         r1, r2 = forms["r1"], forms["r2"]
         if (r1 is None) != (r2 is None) or (r1 is not None and r1.weight != r2.weight):
             raise ValueError("joint=True runs real and fake as one batch: r1 and r2 must be equal")
@@ -255,11 +254,12 @@ class _Step:
                 for r, f in zip(part.real_args, part.fake_args, strict=False)
             )
             forward = self.forward(torch.cat([part.real.detach(), part.fake.detach()]), args, r1 is not None)
-        scores = forward.detached()
-        value, pair = _derivatives(self.loss, [[s[:b] for s in scores], [s[b:] for s in scores]], part.share)
+        # not at the number of rows: a packed critic has fewer scores
+        halves = list(zip(*(s.tensor_split(2) for s in forward.detached()), strict=True))
+        value, pair = _derivatives(self.loss, halves, part.share)
         self.adversarial = self.adversarial + value
-        self.scores["real"].append([s[:b] for s in scores])
-        self.scores["fake"].append([s[b:] for s in scores])
+        for name, half in zip(("real", "fake"), halves, strict=True):
+            self.scores[name].append(list(half))
         cotangents = [torch.cat([r, f]) for r, f in zip(*pair, strict=False)]
         if r1 is None:
             self._add(engine.plain(forward, cotangents, self.scale))
