@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from flops import flops
+from memory import peak_bytes
 from ranks import on_ranks
 
 import fastgan
@@ -124,6 +125,33 @@ def test_benchmark_critics_share_and_count(make, shape, case):
         run()  # proofs are once per critic
     limit = 8.1 if "r2" in case else 7.1 if "r1" in case else 10.1
     assert flops(run) / unit <= limit
+
+
+@pytest.mark.parametrize("case, limit", [(R12, 0.6), (GP, 0.45)], ids=["R1+R2", "WGAN-GP"])
+@pytest.mark.parametrize(
+    "make, shape",
+    [
+        (lambda: critics.DCGAN(32, 64), (3, 64, 64)),
+        (lambda: critics.SNGAN(64), (3, 32, 32)),
+        (lambda: critics.R3GAN(32), (3, 32, 32)),
+        (lambda: critics.HiFi(16), (1, 2048)),
+    ],
+    ids=["DCGAN", "SNGAN", "R3GAN", "HiFi"],
+)
+def test_peak_memory_of_batches_run_one_after_the_other(make, shape, case, limit):
+    torch.manual_seed(0)
+    critic, (real, fake) = make(), torch.randn(2, 16, *shape)
+
+    def ours():
+        critic.zero_grad()
+        fastgan.critic_step(critic, real, fake, alpha=0.5, joint=False, **case).loss.backward()
+
+    def eager():
+        critic.zero_grad()
+        textbook(critic, real, fake, alpha=0.5, **case)[0].backward()
+
+    ours()  # once with every activation kept, to prove what must be proved
+    assert peak_bytes(ours) <= limit * peak_bytes(eager)
 
 
 @pytest.mark.parametrize("loss", losses.names())
@@ -317,6 +345,25 @@ def test_two_heads():
     check(critics.TwoHeads, *batch(), r1=1.0, r2=1.0, score_fn=lambda out: out[0], loss="hinge", method="fused")
     equal = lambda r, f: F.softplus(f[0] + f[1].sum((1, 2, 3)) - r[0] - r[1].sum((1, 2, 3))).mean()  # noqa: E731
     check(critics.TwoHeads, *batch(), r1=1.0, r2=1.0, loss=equal, method="fused")
+
+
+@pytest.mark.parametrize(
+    "wrap, pick",
+    [
+        (lambda s: {"adv_output": s, "label": 3}, lambda out: out["adv_output"]),
+        (lambda s: (s, 2 * s.view(-1)), None),
+        (lambda s: [s], None),
+    ],
+    ids=["dict", "tuple", "list of one"],
+)
+@pytest.mark.parametrize("case", [R12, GP], ids=["R1+R2", "WGAN-GP"])
+def test_scores_in_dicts_and_tuples(wrap, pick, case):
+    (ours, eager), (real, fake) = build(critics.SharedConv), batch()
+    step = fastgan.critic_step(lambda x: wrap(ours(x)), real, fake, alpha=0.3, **case)
+    step.loss.backward()
+    textbook(lambda x: wrap(eager(x)), real, fake, alpha=0.3, score_fn=pick, **case)[0].backward()
+    assert reference.error(reference.grads(ours), reference.grads(eager)) <= 1e-12
+    assert isinstance(step.real_scores, list if isinstance(wrap(real), tuple) else torch.Tensor)
 
 
 def test_a_head_that_does_not_see_the_input():

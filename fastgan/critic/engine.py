@@ -182,8 +182,7 @@ def shared_pass(forward, cotangents, form, weights, scale=1.0):
     leaves.pop(id(forward.x), None)
     run = SharedPass(forward, graph, plan, weights, scale)
     try:
-        g = run.delta()
-        penalty, norms, w, inner = penalty_and_seed(g, form)
+        penalty, norms, run.seed, inner = penalty_and_seed(run.delta(), form)
         per_sample = isinstance(s, torch.Tensor)
         if per_sample:
             try:
@@ -193,7 +192,7 @@ def shared_pass(forward, cotangents, form, weights, scale=1.0):
                     plan.coupled = str(refused)
                 raise
         release = plan.trusted and not plan.value_dependent
-        tangents = run.tangents(w, s, release)
+        tangents = run.tangents(s, release)
         per_sample = per_sample and inner.shape[0] == forward.samples
         told = True
         if any(t is not None for t in tangents):
