@@ -202,7 +202,7 @@ def max_gradient_penalty(
 
 def path_length_penalty(
     synthesis, latents, *, args=(), weight=2.0, mean=None, decay=0.01, noise=None, generator=None, method="auto",
-    return_norms=False,
+    grad_scaler=None, return_norms=False,
 ):  # fmt: skip
     """weight * mean_i (||J_i^T y|| - a)^2 of a generator's images: StyleGAN2's path-length regularisation.
 
@@ -211,6 +211,7 @@ def path_length_penalty(
     detached. ``noise``: y of the images' shape, already divided by sqrt(H * W); drawn with ``generator`` if None.
     ``mean``: 0-dim tensor with the running mean of lengths; it is moved by ``decay`` in place. None: a is the mean
     length of this batch. Returns a differentiable scalar. ``method``: "auto" or "double_backward", which are the same.
+    ``grad_scaler``: as for the module.
     Raises ValueError for other methods. Karras et al., "Analyzing and improving StyleGAN", 2020, section 3.2.
     """
     if method not in ("auto", "double_backward"):
@@ -223,8 +224,9 @@ def path_length_penalty(
         if noise is None:
             noise = torch.randn(images.shape, device=images.device, dtype=images.dtype, generator=generator)
             noise = noise / math.sqrt(math.prod(images.shape[2:]))
-        (g,) = torch.autograd.grad((images * noise).sum(), latents, create_graph=True)
-        squares = g.to(accumulate_dtype(g.dtype)).square().sum(-1)
+        scale = scale_of(grad_scaler)
+        (g,) = torch.autograd.grad(fallback.weighted_sum([images * noise], [scale]), latents, create_graph=True)
+        squares = (g.to(accumulate_dtype(g.dtype)) / scale).square().sum(-1)
         lengths = norms_of(squares.reshape(squares.shape[0], -1).mean(1))
         centre = lengths.mean()
         if mean is not None:

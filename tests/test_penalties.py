@@ -445,6 +445,21 @@ def test_path_length_penalty():
         penalties.path_length_penalty(synthesis, mapping(z), method="jvp")
 
 
+def test_path_length_penalty_in_half_precision():
+    torch.manual_seed(0)
+    synthesis = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Unflatten(1, (3, 2, 2)))
+    w, noise = torch.randn(5, 6), 1e-8 * torch.randn(5, 3, 2, 2)  # gradients of this size are 0 in float16
+    found = []
+    for enabled in (True, False):
+        synthesis.zero_grad()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            value, lengths = penalties.path_length_penalty(synthesis, w, noise=noise, grad_scaler=scaler, return_norms=True)
+        assert lengths.shape == (5,) and not lengths.requires_grad
+        found.append((value.detach(), lengths))
+    torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0.0)
+
+
 @pytest.mark.parametrize("kind", ["gradient_penalty", "wgan_gp", "r1", "r2", "zero_centered", "wgan_div", "max", "dragan"])
 def test_penalty_from_output(kind):
     critic, (real, _) = small(), pair()
