@@ -255,12 +255,8 @@ def penalty_from_output(
         raise RuntimeError("inputs do not require gradients: call inputs.requires_grad_() before the critic's forward")
     form = Form(_KIND_NAMES[kind], weight, target, one_sided, power, pac, mask)
     scores = score_list(output, score_fn)
-
-    class Connected:
-        x = inputs
-
-    Connected.scores = scores
-    value, norms = fallback.differentiable_penalty(Connected, form, weights_for(scores, output_weights), scale_of(grad_scaler))
+    connected = Forward.captured(None, inputs, scores, traced=False)
+    value, norms = fallback.differentiable_penalty(connected, form, weights_for(scores, output_weights), scale_of(grad_scaler))
     return (value, norms.detach()) if return_norms else value
 
 

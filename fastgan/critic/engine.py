@@ -91,7 +91,7 @@ def forward_mode_instead(forward):
 def plan_for(forward):
     """(graph, plan) of a recorded forward; the plan comes from the cache if this critic left the same graph before."""
     scores = [s for s in forward.scores if s.grad_fn is not None]
-    graph = Graph(scores)
+    graph = forward.graph
     x_node = get_gradient_edge(forward.x).node
     anchor = owner(forward.critic)
     if anchor is None:
@@ -178,8 +178,7 @@ def shared_pass(forward, cotangents, form, weights, scale=1.0):
     s = sample_factor(cotangents, weights, forward.scores, forward.always_per_sample, checks if forward.traced else None)
     if plan.coupled is not None and isinstance(s, torch.Tensor):
         raise Refused(plan.coupled)
-    leaves = leaves_of(graph.nodes)
-    leaves.pop(id(forward.x), None)
+    leaves = forward.leaves()
     run = SharedPass(forward, graph, plan, weights, scale)
     try:
         penalty, norms, run.seed, inner = penalty_and_seed(run.delta(), form)
@@ -229,7 +228,7 @@ def shared_pass(forward, cotangents, form, weights, scale=1.0):
 
 def double_backward(forward, cotangents, form, weights, scale=1.0, why="asked for"):
     """:class:`Gradients` by eager double backward on the same forward."""
-    leaves = fallback.graph_leaves(forward.scores, forward.x)
+    leaves = forward.leaves()
     penalty, norms = fallback.differentiable_penalty(forward, form, weights, scale)
     total = penalty
     if cotangents is not None:
@@ -251,7 +250,7 @@ def directional(forward, cotangents, form, weights, method, scale=1.0, force=Fal
         slope = fallback.directional_difference(forward, w, weights)
         if not force:
             fallback.refuse_wrong_slope(slope.detach(), inner.sum())
-    leaves = fallback.graph_leaves([slope, *forward.scores], forward.x)
+    leaves = forward.leaves() | leaves_of(Graph([slope]).nodes)
     try:
         gradients = fallback.gradients_of(slope, leaves, scale)
     except CheckpointError as error:
@@ -268,7 +267,7 @@ def plain(forward, cotangents, scale=1.0):
     """:class:`Gradients` of the loss alone."""
     if cotangents is None:
         return Gradients(None, None, {}, {}, "backward", "no loss")
-    leaves = fallback.graph_leaves(forward.scores, forward.x if forward.x.requires_grad else None)
+    leaves = forward.leaves()
     gradients = fallback.gradients_of(fallback.adversarial_term(forward.scores, cotangents), leaves, scale)
     return Gradients(None, None, gradients, leaves, "backward", "no penalty on this batch")
 

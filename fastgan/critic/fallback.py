@@ -13,7 +13,6 @@ import torch.autograd.forward_ad as forward_ad
 from fastgan._dtypes import HALF, accumulate_dtype
 
 from .analyse import Graph, analyse, op_name
-from .forward import leaves_of
 from .forward_mode import WRONG_TANGENTS, Composed
 from .reduction import penalty_value
 
@@ -51,7 +50,7 @@ def differentiable_penalty(forward, form, weights, scale=1.0):
 
 def first_order_only(forward):
     """Names of the graph's fused attention, whose kernels have no second derivative; '' if there are none."""
-    nodes = Graph([s for s in forward.scores if s.grad_fn is not None]).nodes
+    nodes = forward.graph.nodes
     return ", ".join(sorted({n.name() for n in nodes if n.name().startswith("ScaledDotProduct")}))
 
 
@@ -104,8 +103,7 @@ def directional_jvp(forward, w, weights):
 def refuse_kinks(forward):
     """Raise ValueError if central differences are wrong, or cannot be judged, for this critic."""
     scores = [s for s in forward.scores if s.grad_fn is not None]
-    graph = Graph(scores)
-    plan = analyse(graph, scores, torch.autograd.graph.get_gradient_edge(forward.x).node)
+    plan = analyse(forward.graph, scores, torch.autograd.graph.get_gradient_edge(forward.x).node)
     if plan.kinks:
         raise ValueError(
             "finite differences are wrong for critics with kinks (relative errors of order 1): found "
@@ -144,12 +142,3 @@ def refuse_wrong_slope(slope, expected):
             f"the difference quotient is {slope.item():.6g} where the derivative is {expected.item():.6g}: this critic "
             'is not smooth at the scale of the step (a mask such as x * (x > 0)?); use method="auto", or force=True'
         )
-
-
-def graph_leaves(tensors, x=None):
-    """The leaves above some tensors, without the input."""
-    graph = Graph([t for t in tensors if t.grad_fn is not None])
-    leaves = leaves_of(graph.nodes)
-    if x is not None:
-        leaves.pop(id(x), None)
-    return leaves

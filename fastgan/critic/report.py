@@ -7,7 +7,7 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 
 from . import engine, fallback
-from .analyse import Graph, Refused, op_name
+from .analyse import Refused, op_name
 from .forward import Forward, Snapshot, unwrap
 from .passes import SharedPass
 from .rules import rule_for
@@ -75,7 +75,7 @@ def explain(critic, *example_inputs, score_fn=None, loss_per_sample=True):
     scores = [s for s in forward.scores if s.grad_fn is not None]
     if not scores:
         raise RuntimeError("the critic's scores do not depend on its input: there is no gradient to penalise")
-    graph = Graph(scores)
+    graph = forward.graph
     x_node = get_gradient_edge(forward.x).node
     plan = engine.judge(graph, scores, x_node)
     parts = tuple(_parts(graph, x_node, calls))
