@@ -16,7 +16,7 @@ from ranks import on_ranks
 
 import fastgan
 from fastgan import losses
-from fastgan.critic import engine, passes
+from fastgan.critic import engine, forward, passes
 from fastgan.critic.forward import Forward
 
 torch.set_num_threads(1)
@@ -708,6 +708,20 @@ def test_joint_runs_one_batch():
         assert step.real_scores.shape == (4, 1)
     with pytest.raises(ValueError, match="equal"):
         fastgan.critic_step(ours, real, fake, joint=True, r1=1.0)
+
+
+def test_forwards_that_need_no_repeating_are_not_recorded_for_it(monkeypatch):
+    taken = []
+    monkeypatch.setattr(forward.Snapshot, "take", lambda self: taken.append(self))
+    monkeypatch.setattr(forward.Snapshot, "restore", lambda self: None)
+    for make in (critics.SharedConv, critics.CURVED["softplus"]):
+        critic = make().double()
+        fastgan.critic_step(critic, *batch(), joint=False, **R1)  # not known yet
+        taken.clear()
+        fastgan.critic_step(critic, *batch(), joint=False, **R1)
+        assert not taken
+        fastgan.critic_step(critic, *batch(), joint=False, method="jvp", **R1)
+        assert taken
 
 
 @pytest.mark.parametrize("options", [{"joint": True}, {"microbatch": 6}, {}], ids=str)

@@ -79,12 +79,16 @@ def may_repeat(critic, method):
     return anchor is None or _REPEATED.get(anchor, True)
 
 
+def _remember(critic, repeated):
+    anchor = owner(critic)
+    if anchor is not None:
+        _REPEATED[anchor] = repeated
+
+
 def forward_mode_instead(forward):
     """Has "auto" to take forward mode where the shared pass is not allowed: why, or '' where double backward serves."""
     fused = fallback.first_order_only(forward)
-    anchor = owner(forward.critic)
-    if anchor is not None:
-        _REPEATED[anchor] = bool(fused)
+    _remember(forward.critic, bool(fused))
     return fused and forward.snapshot and f"{fused} cannot be differentiated twice"
 
 
@@ -113,6 +117,7 @@ def prepare(forward):
     forward.prepared = graph, plan = plan_for(forward)
     if plan.refusal is None:
         share_saved(graph, plan)
+        _remember(forward.critic, False)
     return graph, plan
 
 
