@@ -81,11 +81,11 @@ def _case(name: str, batch: int, mode: str, goal: float, compiled: bool = False)
 
 _GOALS = {"R1+R2": 1.6, "R1": 1.35, "WGAN-GP": 1.28}
 _IMAGES = ("dcgan64", "sngan-resnet32", "r3gan-like32")
-# Compiled once per critic and only at the smaller batch: inductor takes minutes for each mode. The textbook R1+R2 step of the
-# critic like R3GAN's took it more than six, so that critic is compiled with one penalty.
-_COMPILED = {"dcgan64": "R1+R2", "sngan-resnet32": "R1+R2", "r3gan-like32": "R1"}
+# Compiled once per critic and only at the smaller batch: inductor takes minutes for each mode. The textbook step of the critic
+# like R3GAN's takes it more than six, so that one is left out: _case(..., compiled=True) measures it for those who wait.
+_COMPILED = {"dcgan64": "R1+R2", "sngan-resnet32": "R1+R2"}
 CASES = [
-    *(_case(name, 16, mode, _GOALS[mode], compiled=_COMPILED[name] == mode) for name in _IMAGES for mode in MODES),
+    *(_case(name, 16, mode, _GOALS[mode], compiled=_COMPILED.get(name) == mode) for name in _IMAGES for mode in MODES),
     *(_case(name, 64, "R1+R2", _GOALS["R1+R2"]) for name in _IMAGES),
     _case("hifi-1d", 16, "R1+R2", 1.45),
     _case("ctgan-mlp", 64, "R1+R2", 1.35),
