@@ -33,6 +33,7 @@ from .critic.forward import Forward, unwrap
 from .critic.inputs import check_batch, interpolate, scale_of, weights_for
 from .critic.outputs import score_list
 from .critic.reduction import Form, penalty_value
+from .critic.replicas import Replica, refuse_sharded
 from .ops.gradient_penalty import norms_of
 
 __all__ = [
@@ -69,22 +70,32 @@ def penalise(
     """The penalty ``form`` at ``inputs``: what every function of this module comes down to."""
     engine.check_method(method)
     check_batch("inputs", inputs)
-    critic = unwrap(critic)
-    scale = scale_of(grad_scaler)
-    forward = Forward(critic, inputs, args, score_fn, replayable=method in ("jvp", "finite_difference"))
+    refuse_sharded(critic)
+    replica = Replica(unwrap(critic))
+    critic, scale = unwrap(replica.module), scale_of(grad_scaler)
+    with replica.forward():
+        forward = Forward(critic, inputs, args, score_fn, replayable=engine.may_repeat(critic, method))
     weights = weights_for(forward.scores, output_weights)
     if not torch.is_grad_enabled():
         with torch.enable_grad():
             g = fallback.input_gradient(forward, weights, scale)
         value, norms = penalty_value(g, form)
     else:
-        value, norms = _with_gradients(forward, form, weights, method, scale, force)
+        value, norms = _with_gradients(forward, form, weights, method, scale, force, replica.ddp is not None)
+        value = replica.finish(value)
     return (value, norms.detach()) if return_norms else value
 
 
-def _with_gradients(forward, form, weights, method, scale, force):
+def _with_gradients(forward, form, weights, method, scale, force, every_leaf):
+    """(penalty with gradients attached, norms). ``every_leaf``: even those that only the scores depend on (a last bias) get a
+    gradient, which DistributedDataParallel waits for."""
+
+    def differentiable():
+        value, norms = fallback.differentiable_penalty(forward, form, weights, scale)
+        return value + 0 * fallback.weighted_sum(forward.scores, weights) if every_leaf else value, norms
+
     if method == "double_backward":
-        return fallback.differentiable_penalty(forward, form, weights, scale)
+        return differentiable()
     try:
         if method in ("auto", "fused"):
             found = engine.shared_pass(forward, None, form, weights, scale)
@@ -93,7 +104,9 @@ def _with_gradients(forward, form, weights, method, scale, force):
     except engine.Refused as refused:
         if method == "fused":
             raise RuntimeError(f'method="fused" is not exact for this critic: {refused}') from refused
-        return fallback.differentiable_penalty(forward, form, weights, scale)
+        if not engine.forward_mode_instead(forward):
+            return differentiable()
+        found = engine.directional(forward, None, form, weights, "jvp", scale)
     for key, leaf in found.leaves.items():
         if key not in found.gradients:
             found.gradients[key] = torch.zeros_like(leaf)  # biases: as eager, whose second derivatives are dense zeros
@@ -189,7 +202,7 @@ def max_gradient_penalty(
 
 def path_length_penalty(
     synthesis, latents, *, args=(), weight=2.0, mean=None, decay=0.01, noise=None, generator=None, method="auto",
-    return_norms=False,
+    grad_scaler=None, return_norms=False,
 ):  # fmt: skip
     """weight * mean_i (||J_i^T y|| - a)^2 of a generator's images: StyleGAN2's path-length regularisation.
 
@@ -198,6 +211,7 @@ def path_length_penalty(
     detached. ``noise``: y of the images' shape, already divided by sqrt(H * W); drawn with ``generator`` if None.
     ``mean``: 0-dim tensor with the running mean of lengths; it is moved by ``decay`` in place. None: a is the mean
     length of this batch. Returns a differentiable scalar. ``method``: "auto" or "double_backward", which are the same.
+    ``grad_scaler``: as for the module.
     Raises ValueError for other methods. Karras et al., "Analyzing and improving StyleGAN", 2020, section 3.2.
     """
     if method not in ("auto", "double_backward"):
@@ -210,8 +224,9 @@ def path_length_penalty(
         if noise is None:
             noise = torch.randn(images.shape, device=images.device, dtype=images.dtype, generator=generator)
             noise = noise / math.sqrt(math.prod(images.shape[2:]))
-        (g,) = torch.autograd.grad((images * noise).sum(), latents, create_graph=True)
-        squares = g.to(accumulate_dtype(g.dtype)).square().sum(-1)
+        scale = scale_of(grad_scaler)
+        (g,) = torch.autograd.grad(fallback.weighted_sum([images * noise], [scale]), latents, create_graph=True)
+        squares = (g.to(accumulate_dtype(g.dtype)) / scale).square().sum(-1)
         lengths = norms_of(squares.reshape(squares.shape[0], -1).mean(1))
         centre = lengths.mean()
         if mean is not None:
@@ -240,12 +255,8 @@ def penalty_from_output(
         raise RuntimeError("inputs do not require gradients: call inputs.requires_grad_() before the critic's forward")
     form = Form(_KIND_NAMES[kind], weight, target, one_sided, power, pac, mask)
     scores = score_list(output, score_fn)
-
-    class Connected:
-        x = inputs
-
-    Connected.scores = scores
-    value, norms = fallback.differentiable_penalty(Connected, form, weights_for(scores, output_weights), scale_of(grad_scaler))
+    connected = Forward.captured(None, inputs, scores, traced=False)
+    value, norms = fallback.differentiable_penalty(connected, form, weights_for(scores, output_weights), scale_of(grad_scaler))
     return (value, norms.detach()) if return_norms else value
 
 

@@ -189,6 +189,16 @@ def test_explain_sees_coupling_and_patches():
     assert "constant over the scores" in fastgan.explain(patch, critics.images()).why
 
 
+def test_explain_says_where_forward_mode_serves():
+    critic = nn.Sequential(
+        critics.Lambda(lambda x: nn.functional.scaled_dot_product_attention(x, x, x)), critics.LazyHead()
+    ).double()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        critic(critics.images(size=4))
+        found = fastgan.explain(critic, critics.images(size=4))
+    assert found.method == found.penalty_method == "jvp" and "differentiated twice" in found.why and found.units == 10
+
+
 def test_explain_leaves_no_trace():
     critic = nn.Sequential(
         nn.utils.parametrizations.spectral_norm(critics.conv(3, 4)), nn.BatchNorm2d(4), nn.Dropout(), critics.head(4)

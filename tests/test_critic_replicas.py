@@ -145,6 +145,35 @@ def compiled(rank):
     assert "broadcasts buffers" in step.why
 
 
-@pytest.mark.parametrize("target", [plain, buffers, unused, static_graph, no_sync, compiled], ids=lambda f: f.__name__)
+def penalties_alone(rank):
+    # the last bias has no part in the penalty: eager users add 0 * scores, or DDP waits for its gradient for ever
+    real, _ = batches(rank)
+    for critic, methods in (
+        (critics.SharedConv, ("auto", "fused", "jvp", "double_backward")),
+        (lambda: nn.Sequential(critics.conv(3, 4), nn.Softplus(), critics.head(4)), ("auto", "finite_difference")),
+    ):
+        for method in methods:
+            for find_unused in (False, True):
+                ours, wrapped = make(critic, find_unused_parameters=find_unused)
+                whole = copy.deepcopy(ours)
+                for scores_first in (None, False, True):
+                    ours.zero_grad()
+                    whole.zero_grad()
+                    both = lambda c, penalty, first: (  # noqa: E731
+                        penalty() if first is None else c(real).mean() + penalty() if first else penalty() + c(real).mean()
+                    )
+                    both(wrapped, lambda: fastgan.r1_penalty(wrapped, real, method=method), scores_first).backward()  # noqa: B023
+                    for k in range(2):
+                        rows = batches(k)[0]
+                        (fastgan.r1_penalty(whole, rows, method="double_backward") / 2).backward()
+                        if scores_first is not None:
+                            (whole(rows).mean() / 2).backward()
+                    tolerance = 1e-6 if method == "finite_difference" else 1e-12
+                    assert reference.error(reference.grads(ours), reference.grads(whole)) <= tolerance, (method, scores_first)
+
+
+@pytest.mark.parametrize(
+    "target", [plain, buffers, unused, static_graph, no_sync, compiled, penalties_alone], ids=lambda f: f.__name__
+)
 def test_two_processes(target):
     on_ranks(target)

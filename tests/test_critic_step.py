@@ -11,11 +11,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from flops import flops
+from memory import peak_bytes
 from ranks import on_ranks
 
 import fastgan
 from fastgan import losses
-from fastgan.critic import engine, passes
+from fastgan.critic import engine, forward, passes
 from fastgan.critic.forward import Forward
 
 torch.set_num_threads(1)
@@ -124,6 +125,33 @@ def test_benchmark_critics_share_and_count(make, shape, case):
         run()  # proofs are once per critic
     limit = 8.1 if "r2" in case else 7.1 if "r1" in case else 10.1
     assert flops(run) / unit <= limit
+
+
+@pytest.mark.parametrize("case, limit", [(R12, 0.6), (GP, 0.45)], ids=["R1+R2", "WGAN-GP"])
+@pytest.mark.parametrize(
+    "make, shape",
+    [
+        (lambda: critics.DCGAN(32, 64), (3, 64, 64)),
+        (lambda: critics.SNGAN(64), (3, 32, 32)),
+        (lambda: critics.R3GAN(32), (3, 32, 32)),
+        (lambda: critics.HiFi(16), (1, 2048)),
+    ],
+    ids=["DCGAN", "SNGAN", "R3GAN", "HiFi"],
+)
+def test_peak_memory_of_batches_run_one_after_the_other(make, shape, case, limit):
+    torch.manual_seed(0)
+    critic, (real, fake) = make(), torch.randn(2, 16, *shape)
+
+    def ours():
+        critic.zero_grad()
+        fastgan.critic_step(critic, real, fake, alpha=0.5, joint=False, **case).loss.backward()
+
+    def eager():
+        critic.zero_grad()
+        textbook(critic, real, fake, alpha=0.5, **case)[0].backward()
+
+    ours()  # once with every activation kept, to prove what must be proved
+    assert peak_bytes(ours) <= limit * peak_bytes(eager)
 
 
 @pytest.mark.parametrize("loss", losses.names())
@@ -317,6 +345,25 @@ def test_two_heads():
     check(critics.TwoHeads, *batch(), r1=1.0, r2=1.0, score_fn=lambda out: out[0], loss="hinge", method="fused")
     equal = lambda r, f: F.softplus(f[0] + f[1].sum((1, 2, 3)) - r[0] - r[1].sum((1, 2, 3))).mean()  # noqa: E731
     check(critics.TwoHeads, *batch(), r1=1.0, r2=1.0, loss=equal, method="fused")
+
+
+@pytest.mark.parametrize(
+    "wrap, pick",
+    [
+        (lambda s: {"adv_output": s, "label": 3}, lambda out: out["adv_output"]),
+        (lambda s: (s, 2 * s.view(-1)), None),
+        (lambda s: [s], None),
+    ],
+    ids=["dict", "tuple", "list of one"],
+)
+@pytest.mark.parametrize("case", [R12, GP], ids=["R1+R2", "WGAN-GP"])
+def test_scores_in_dicts_and_tuples(wrap, pick, case):
+    (ours, eager), (real, fake) = build(critics.SharedConv), batch()
+    step = fastgan.critic_step(lambda x: wrap(ours(x)), real, fake, alpha=0.3, **case)
+    step.loss.backward()
+    textbook(lambda x: wrap(eager(x)), real, fake, alpha=0.3, score_fn=pick, **case)[0].backward()
+    assert reference.error(reference.grads(ours), reference.grads(eager)) <= 1e-12
+    assert isinstance(step.real_scores, list if isinstance(wrap(real), tuple) else torch.Tensor)
 
 
 def test_a_head_that_does_not_see_the_input():
@@ -543,6 +590,54 @@ def test_float16_with_a_scaler_does_not_underflow():
     assert reference.error(*found) <= 2e-2
 
 
+def outcomes(critic, real, fake, steps, around, **kw):
+    """Per step, is its loss finite and are its gradients? ``around(k)``: the critic is changed before step k."""
+    found = []
+    for k in range(steps):
+        around(k)
+        critic.zero_grad()
+        step = fastgan.critic_step(critic, real, fake, **kw)
+        step.loss.backward()
+        found.append((bool(step.loss.isfinite()), all(bool(g.isfinite().all()) for g in reference.grads(critic))))
+    assert step.method == "fused", step.why
+    return found
+
+
+@pytest.mark.parametrize("joint", ["auto", False])
+@pytest.mark.parametrize("case", [dict(R12, r2=1.3), GP], ids=["R1+R2", "WGAN-GP"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{}, {"compile": "aot_eager"}], ids=["eager", "compiled"])
+def test_numbers_that_are_not_finite_arrive_as_eager_would_deliver_them(bad, case, joint, options):
+    critic, (real, fake) = build(lambda: critics.DCGAN(4, 16))[0], batch("dcgan")
+    weight = critic[2].weight.detach()
+    good = weight[0, 0, 0, 0].clone()
+
+    spoilt = (4,) if options else (0, 4)  # before anything is proved, too; what is compiled stays as the first step found it
+
+    def spoil(k):
+        weight[0, 0, 0, 0] = bad if k in spoilt else good
+
+    found = outcomes(critic, real, fake, 6, spoil, joint=joint, **options, **case)
+    assert found == [(k not in spoilt,) * 2 for k in range(6)]
+
+
+@pytest.mark.parametrize("scale", [2.0**30, 2.0**60])
+def test_a_scaler_that_is_too_large_finds_inf_and_backs_off(scale):
+    critic, (real, fake) = critics.DCGAN(4, 16), [t.float() for t in batch("dcgan")]
+    optimizer = torch.optim.SGD(critic.parameters(), 0.1)
+    for init in (2.0**8, scale):
+        before = [p.detach().clone() for p in critic.parameters()]
+        scaler = torch.amp.GradScaler("cpu", init_scale=init)
+        with torch.autocast("cpu", torch.float16):
+            step = fastgan.critic_step(critic, real, fake, grad_scaler=scaler, **R12)
+        scaler.scale(step.loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert (scaler.get_scale() < init) == (init == scale)
+        assert all(torch.equal(a, b) for a, b in zip(before, critic.parameters(), strict=True)) == (init == scale)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(reentrant):
     class Checkpointed(nn.Module):
@@ -613,6 +708,50 @@ def test_joint_runs_one_batch():
         assert step.real_scores.shape == (4, 1)
     with pytest.raises(ValueError, match="equal"):
         fastgan.critic_step(ours, real, fake, joint=True, r1=1.0)
+
+
+def test_forwards_that_need_no_repeating_are_not_recorded_for_it(monkeypatch):
+    taken = []
+    monkeypatch.setattr(forward.Snapshot, "take", lambda self: taken.append(self))
+    monkeypatch.setattr(forward.Snapshot, "restore", lambda self: None)
+    for make in (critics.SharedConv, critics.CURVED["softplus"]):
+        critic = make().double()
+        fastgan.critic_step(critic, *batch(), joint=False, **R1)  # not known yet
+        taken.clear()
+        fastgan.critic_step(critic, *batch(), joint=False, **R1)
+        assert not taken
+        fastgan.critic_step(critic, *batch(), joint=False, method="jvp", **R1)
+        assert taken
+
+
+@pytest.mark.parametrize("options", [{"joint": True}, {"microbatch": 6}, {}], ids=str)
+@pytest.mark.parametrize("case", [dict(R12, r1=0.7), GP, dict(R1, r2=1.3, loss="hinge")], ids=lambda c: c["loss"])
+def test_packed_critic(case, options):
+    ours, eager = build(lambda: critics.CTGAN(6, 8, dropout=0.0, pac=3))
+    torch.manual_seed(3)
+    real, fake = torch.randn(2, 12, 6, dtype=torch.float64)
+    alpha = torch.rand(4, 1, dtype=torch.float64).repeat_interleave(3, 0)
+    for _ in range(3):
+        ours.zero_grad()
+        eager.zero_grad()
+        step = fastgan.critic_step(ours, real, fake, pac=3, alpha=alpha, **options, **case)
+        step.loss.backward()
+        textbook(eager, real, fake, pac=3, alpha=alpha, **case)[0].backward()
+        assert step.method == "fused" and reference.error(reference.grads(ours), reference.grads(eager)) <= 1e-12
+        assert step.real_scores.shape == step.fake_scores.shape == (4, 1)
+        assert all(norms.shape == (4,) for norms in step.grad_norms.values())
+
+
+def test_hard_sigmoid_has_no_second_derivative_in_torch_and_needs_none_here():
+    ours, eager = build(lambda: critics.with_layer(nn.Hardsigmoid()))
+    written_out = critics.with_layer(critics.Lambda(lambda x: (x / 6 + 0.5).clamp(0, 1))).double()
+    written_out[0], (real, fake) = eager[0], batch()
+    step = fastgan.critic_step(ours, real, fake, **R12)
+    step.loss.backward()
+    textbook(written_out, real, fake, **R12)[0].backward()
+    assert step.method == "fused"
+    # torch's own kernel rounds 1/6 to float32
+    assert reference.error(reference.grads(ours), reference.grads(written_out)) <= 1e-7
 
 
 def test_bad_arguments():

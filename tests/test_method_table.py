@@ -1,6 +1,7 @@
 """README's table of what works with which method: the table below is what is claimed, and every cell is tried.
 
-Words: "exact": gradients of the textbook formula, to 1e-11 in float64. "double backward": exact, by falling back to it.
+Words: "exact": gradients of the textbook formula, to 1e-11 in float64. "double backward", "forward mode": exact, by falling
+back to it.
 "eagerly": exact, uncompiled, and the result says why. "half": as close to float64 as the textbook formula under the same
 autocast. "1e-6": to this relative error in float64. "refused": an error that names a way out.
 """
@@ -36,7 +37,7 @@ TABLE = {
     "GradScaler": ("exact", "exact", "exact", "exact", "1e-6"),
     "checkpointing, non-reentrant": ("double backward", "refused", "exact", "refused", "1e-6"),
     "checkpointing, reentrant": ("refused", "refused", "refused", "refused", "refused"),
-    "attention, flash kernel": ("refused", "refused", "refused", "exact", "1e-6"),
+    "attention, flash kernel": ("forward mode", "refused", "refused", "exact", "1e-6"),
     "attention, math kernel": ("double backward", "refused", "exact", "exact", "1e-6"),
     "DistributedDataParallel": ("exact", "exact", "exact", "exact", "1e-6"),
     "FSDP2": ("refused", "refused", "refused", "refused", "refused"),
@@ -166,7 +167,8 @@ def observe(row, method):
         return "eagerly", ""
     if method == "finite_difference":
         return "1e-6", ""
-    return ("double backward" if method == "auto" and step.method != "fused" else "exact"), ""
+    fallback = {"double_backward": "double backward", "jvp": "forward mode"}.get(step.method)
+    return fallback if method == "auto" and fallback else "exact", ""
 
 
 ALONE = [row for row in TABLE if row not in ("DistributedDataParallel", "FSDP2")]

@@ -332,6 +332,31 @@ def test_finite_difference_refuses_a_hidden_kink():
         fastgan.r1_penalty(critic, real, method="finite_difference")
 
 
+class SelfAttention(nn.Module):
+    def forward(self, x):
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def test_flash_attention_takes_forward_mode_by_itself():
+    torch.manual_seed(0)
+    critic = nn.Sequential(nn.Dropout(0.3), critics.conv(3, 3), SelfAttention(), critics.LazyHead()).double()
+    real = critics.images(size=4)
+
+    def penalty(kernel, **options):
+        torch.manual_seed(5)
+        with torch.nn.attention.sdpa_kernel(kernel):
+            critic(real)
+            value = fastgan.r1_penalty(critic, real, **options)
+        return value, torch.get_rng_state()
+
+    flash, math = torch.nn.attention.SDPBackend.FLASH_ATTENTION, torch.nn.attention.SDPBackend.MATH
+    for _ in range(2):
+        compare(critic, lambda _: penalty(flash)[0], lambda _: penalty(math, method="double_backward")[0])
+        assert torch.equal(penalty(flash)[1], penalty(math, method="double_backward")[1])
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        penalty(flash, method="double_backward")
+
+
 def test_fused_says_why_not():
     with pytest.raises(RuntimeError, match="Silu"):
         fastgan.r1_penalty(smooth(), pair()[0], method="fused")
@@ -418,6 +443,21 @@ def test_path_length_penalty():
     assert penalties.path_length_penalty(synthesis, torch.randn(5, 6).double()).requires_grad
     with pytest.raises(ValueError, match="double backward"):
         penalties.path_length_penalty(synthesis, mapping(z), method="jvp")
+
+
+def test_path_length_penalty_in_half_precision():
+    torch.manual_seed(0)
+    synthesis = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Unflatten(1, (3, 2, 2)))
+    w, noise = torch.randn(5, 6), 1e-8 * torch.randn(5, 3, 2, 2)  # gradients of this size are 0 in float16
+    found = []
+    for enabled in (True, False):
+        synthesis.zero_grad()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            value, lengths = penalties.path_length_penalty(synthesis, w, noise=noise, grad_scaler=scaler, return_norms=True)
+        assert lengths.shape == (5,) and not lengths.requires_grad
+        found.append((value.detach(), lengths))
+    torch.testing.assert_close(found[0], found[1], rtol=0.05, atol=0.0)
 
 
 @pytest.mark.parametrize("kind", ["gradient_penalty", "wgan_gp", "r1", "r2", "zero_centered", "wgan_div", "max", "dragan"])

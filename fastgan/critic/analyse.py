@@ -47,8 +47,10 @@ _ATOMS = frozenset((int, float, str, bool, type(None), torch.dtype))
 
 
 def _hashable(value):
+    if value.__class__ in _ATOMS:
+        return value
     if isinstance(value, (list, tuple)):
-        return tuple([_hashable(v) if v.__class__ not in _ATOMS else v for v in value])
+        return tuple([_hashable(v) for v in value])
     try:
         hash(value)
     except TypeError:
@@ -87,13 +89,12 @@ class Graph:
                 (
                     name,
                     nexts,
-                    [(tuple(m.shape), m.dtype) for m in node._input_metadata],
-                    [getattr(node, a) for a in attributes],
+                    tuple([(tuple(m.shape), m.dtype) for m in node._input_metadata]),
+                    tuple([_hashable(getattr(node, a)) for a in attributes]),
                 )
             )
-        parts = _hashable(parts)
         outs = tuple((self.index.get(o.grad_fn, -1), o.output_nr, tuple(o.shape)) for o in outputs)
-        return parts, outs, tuple(x.shape), x.dtype, x.device
+        return tuple(parts), outs, tuple(x.shape), x.dtype, x.device
 
 
 @dataclass

@@ -27,6 +27,7 @@ FUSED, DOUBLE = "fused", "double_backward"
 
 _PLANS = weakref.WeakKeyDictionary()  # critic -> {signature: Plan}
 _PLANS_PER_CRITIC = 64
+_REPEATED = weakref.WeakKeyDictionary()  # critic -> could "auto" not do without repeating its forwards, the last time?
 
 
 @dataclass
@@ -70,10 +71,31 @@ def check_method(method):
         raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
 
 
+def may_repeat(critic, method):
+    """Must a forward be recorded such that it can be run again? Under "auto" for a critic that is not known yet, too."""
+    if method != "auto":
+        return method in ("jvp", "finite_difference")
+    anchor = owner(critic)
+    return anchor is None or _REPEATED.get(anchor, True)
+
+
+def _remember(critic, repeated):
+    anchor = owner(critic)
+    if anchor is not None:
+        _REPEATED[anchor] = repeated
+
+
+def forward_mode_instead(forward):
+    """Has "auto" to take forward mode where the shared pass is not allowed: why, or '' where double backward serves."""
+    fused = fallback.first_order_only(forward)
+    _remember(forward.critic, bool(fused))
+    return fused and forward.snapshot and f"{fused} cannot be differentiated twice"
+
+
 def plan_for(forward):
     """(graph, plan) of a recorded forward; the plan comes from the cache if this critic left the same graph before."""
     scores = [s for s in forward.scores if s.grad_fn is not None]
-    graph = Graph(scores)
+    graph = forward.graph
     x_node = get_gradient_edge(forward.x).node
     anchor = owner(forward.critic)
     if anchor is None:
@@ -95,6 +117,7 @@ def prepare(forward):
     forward.prepared = graph, plan = plan_for(forward)
     if plan.refusal is None:
         share_saved(graph, plan)
+        _remember(forward.critic, False)
     return graph, plan
 
 
@@ -143,7 +166,7 @@ def sample_factor(cotangents, weights, scores, always_per_sample=False, checks=N
         room = 4 * torch.finfo(s.dtype).eps
         why = "the loss's derivative differs between the scores of one sample (patches or outputs)"
         for r in ratios:
-            alike = ((r.reshape(n, -1) - s[:, None]).abs() <= room * s[:, None].abs()).all()
+            alike = ~((r.reshape(n, -1) - s[:, None]).abs() > room * s[:, None].abs()).any()  # NaN passes, and stays NaN
             if checks is not None:
                 checks.append((alike, why))
             elif not bool(alike):
@@ -160,12 +183,10 @@ def shared_pass(forward, cotangents, form, weights, scale=1.0):
     s = sample_factor(cotangents, weights, forward.scores, forward.always_per_sample, checks if forward.traced else None)
     if plan.coupled is not None and isinstance(s, torch.Tensor):
         raise Refused(plan.coupled)
-    leaves = leaves_of(graph.nodes)
-    leaves.pop(id(forward.x), None)
+    leaves = forward.leaves()
     run = SharedPass(forward, graph, plan, weights, scale)
     try:
-        g = run.delta()
-        penalty, norms, w, inner = penalty_and_seed(g, form)
+        penalty, norms, run.seed, inner = penalty_and_seed(run.delta(), form)
         per_sample = isinstance(s, torch.Tensor)
         if per_sample:
             try:
@@ -175,10 +196,11 @@ def shared_pass(forward, cotangents, form, weights, scale=1.0):
                     plan.coupled = str(refused)
                 raise
         release = plan.trusted and not plan.value_dependent
-        tangents = run.tangents(w, s, release)
+        tangents = run.tangents(s, release)
         per_sample = per_sample and inner.shape[0] == forward.samples
+        told = True
         if any(t is not None for t in tangents):
-            fine, tolerance = check_tangents(tangents, weights, inner, per_sample, run.up)
+            fine, judged, tolerance = check_tangents(tangents, weights, inner, per_sample, run.up)
             message = (
                 f"samples interact in a way that depends on values: the scores' change along the penalty's direction "
                 f"is off by more than {tolerance:g}"
@@ -190,6 +212,8 @@ def shared_pass(forward, cotangents, form, weights, scale=1.0):
                     plan.refusal = message
                     raise SamplesCoupled(message + '; call again, or use method="double_backward"')
                 raise Refused(message)
+            else:
+                told = bool(judged)
     except (RuntimeError, NotImplementedError, AttributeError) as error:
         if isinstance(error, SamplesCoupled) or plan.trusted:
             raise
@@ -200,7 +224,7 @@ def shared_pass(forward, cotangents, form, weights, scale=1.0):
         constant = [k for k, o in enumerate(forward.scores) if graph.index.get(o.grad_fn) not in on_x]
         run.add_outputs([(forward.scores[k], cotangents[k]) for k in constant])
     gradients = push_to_leaves(run.edges, leaves)
-    plan.trusted = True
+    plan.trusted = plan.trusted or told
     why = f"piecewise linear in the input; {len(plan.taps)} places where parameters enter"
     if cotangents is not None:
         why += "; samples proved independent" if isinstance(s, torch.Tensor) else "; one loss derivative for all scores"
@@ -209,7 +233,7 @@ def shared_pass(forward, cotangents, form, weights, scale=1.0):
 
 def double_backward(forward, cotangents, form, weights, scale=1.0, why="asked for"):
     """:class:`Gradients` by eager double backward on the same forward."""
-    leaves = fallback.graph_leaves(forward.scores, forward.x)
+    leaves = forward.leaves()
     penalty, norms = fallback.differentiable_penalty(forward, form, weights, scale)
     total = penalty
     if cotangents is not None:
@@ -231,13 +255,13 @@ def directional(forward, cotangents, form, weights, method, scale=1.0, force=Fal
         slope = fallback.directional_difference(forward, w, weights)
         if not force:
             fallback.refuse_wrong_slope(slope.detach(), inner.sum())
-    leaves = fallback.graph_leaves([slope])
+    leaves = forward.leaves() | leaves_of(Graph([slope]).nodes)
     try:
         gradients = fallback.gradients_of(slope, leaves, scale)
     except CheckpointError as error:
         raise RuntimeError(
             f'method="{method}" cannot cross activation checkpointing, whose recomputation has no tangents: '
-            'use method="auto", or switch checkpointing off'
+            'use method="double_backward" or "finite_difference", or switch checkpointing off'
         ) from error
     along = Gradients(penalty, norms, gradients, leaves, method, "asked for")
     along.merge(result)
@@ -248,7 +272,7 @@ def plain(forward, cotangents, scale=1.0):
     """:class:`Gradients` of the loss alone."""
     if cotangents is None:
         return Gradients(None, None, {}, {}, "backward", "no loss")
-    leaves = fallback.graph_leaves(forward.scores, forward.x if forward.x.requires_grad else None)
+    leaves = forward.leaves()
     gradients = fallback.gradients_of(fallback.adversarial_term(forward.scores, cotangents), leaves, scale)
     return Gradients(None, None, gradients, leaves, "backward", "no penalty on this batch")
 
@@ -265,6 +289,10 @@ def penalised(forward, cotangents, form, weights, method="auto", scale=1.0, forc
         if method == FUSED:
             raise RuntimeError(f'method="fused" is not exact for this critic: {refused}') from refused
         why = str(refused)
+    if only_once := forward_mode_instead(forward):
+        found = directional(forward, cotangents, form, weights, "jvp", scale)
+        found.why = f"{why}; {only_once}"
+        return found
     return double_backward(forward, cotangents, form, weights, scale, why)
 
 

@@ -13,7 +13,6 @@ import torch.autograd.forward_ad as forward_ad
 from fastgan._dtypes import HALF, accumulate_dtype
 
 from .analyse import Graph, analyse, op_name
-from .forward import leaves_of
 from .forward_mode import WRONG_TANGENTS, Composed
 from .reduction import penalty_value
 
@@ -49,13 +48,18 @@ def differentiable_penalty(forward, form, weights, scale=1.0):
         return penalty_value(g, form)
 
 
+def first_order_only(forward):
+    """Names of the graph's fused attention, whose kernels have no second derivative; '' if there are none."""
+    nodes = forward.graph.nodes
+    return ", ".join(sorted({n.name() for n in nodes if n.name().startswith("ScaledDotProduct")}))
+
+
 def refuse_first_order_only(forward):
-    """Raise RuntimeError for fused attention, whose kernels have no second derivative; PyTorch would say so only later."""
-    nodes = Graph([s for s in forward.scores if s.grad_fn is not None]).nodes
-    fused = {n.name() for n in nodes if n.name().startswith("ScaledDotProduct")}
+    """Raise RuntimeError for fused attention, of which PyTorch would say only later that it cannot be done."""
+    fused = first_order_only(forward)
     if fused:
         raise RuntimeError(
-            f"{', '.join(sorted(fused))} cannot be differentiated twice: run the critic under "
+            f"{fused} cannot be differentiated twice: run the critic under "
             'torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or use method="jvp", which writes attention out and is exact, or '
             'method="finite_difference"'
         )
@@ -99,8 +103,7 @@ def directional_jvp(forward, w, weights):
 def refuse_kinks(forward):
     """Raise ValueError if central differences are wrong, or cannot be judged, for this critic."""
     scores = [s for s in forward.scores if s.grad_fn is not None]
-    graph = Graph(scores)
-    plan = analyse(graph, scores, torch.autograd.graph.get_gradient_edge(forward.x).node)
+    plan = analyse(forward.graph, scores, torch.autograd.graph.get_gradient_edge(forward.x).node)
     if plan.kinks:
         raise ValueError(
             "finite differences are wrong for critics with kinks (relative errors of order 1): found "
@@ -139,12 +142,3 @@ def refuse_wrong_slope(slope, expected):
             f"the difference quotient is {slope.item():.6g} where the derivative is {expected.item():.6g}: this critic "
             'is not smooth at the scale of the step (a mask such as x * (x > 0)?); use method="auto", or force=True'
         )
-
-
-def graph_leaves(tensors, x=None):
-    """The leaves above some tensors, without the input."""
-    graph = Graph([t for t in tensors if t.grad_fn is not None])
-    leaves = leaves_of(graph.nodes)
-    if x is not None:
-        leaves.pop(id(x), None)
-    return leaves

@@ -2,9 +2,11 @@
 
 import contextlib
 import weakref
+from functools import cached_property
 
 import torch
 
+from .analyse import Graph
 from .outputs import score_list
 
 
@@ -79,6 +81,17 @@ class Forward:
     def samples(self):
         """N: scores per output tensor along its first dimension."""
         return self.scores[0].shape[0] if self.scores[0].dim() else 1
+
+    @cached_property
+    def graph(self):
+        """The :class:`Graph` above the scores."""
+        return Graph(self.scores)
+
+    def leaves(self):
+        """{id: leaf} of what the scores depend on, without the input."""
+        found = leaves_of(self.graph.nodes)
+        found.pop(id(self.x), None)
+        return found
 
     def detached(self):
         return [s.detach() for s in self.scores]

@@ -59,7 +59,9 @@ def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
 
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     if enable_gqa:
-        raise RuntimeError('method="jvp" does not cover attention with enable_gqa: use method="auto"')
+        raise RuntimeError(
+            'forward mode does not cover attention with enable_gqa: use method="finite_difference", or the math kernel'
+        )
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()

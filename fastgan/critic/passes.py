@@ -55,6 +55,7 @@ class SharedPass:
         self.down = 2.0 ** (torch.tensor(scale).log2().div(2).floor().item()) if scale != 1.0 else 1.0
         self.up = scale / self.down
         self.deltas = [None] * len(plan.taps)
+        self.seed = None  # dPenalty/dgradient, (B, ...): given between delta() and tangents(), which uses it up
 
     def _backward(self, factors=None, to=None):
         """Cotangents of the weighted sum of scores, each sample's times its factor, at the input or at another edge."""
@@ -62,7 +63,8 @@ class SharedPass:
         for score, weight in zip(self.forward.scores, self.weights, strict=False):
             if score.grad_fn is None or self.graph.index.get(score.grad_fn) is None:
                 continue
-            seed = torch.full_like(score, weight * self.down)
+            # a scale beyond a dtype's range becomes inf, which a GradScaler looks for, not an error
+            seed = torch.full_like(score, weight * self.down, dtype=accumulate_dtype(score.dtype)).to(score.dtype)
             if factors is not None:
                 seed = seed * factors.view([-1] + [1] * (score.dim() - 1)).to(score.dtype)
             outputs.append(score)
@@ -105,16 +107,18 @@ class SharedPass:
             self.plan.layouts = find_layouts(self.graph.nodes, self.plan.taps, self._backward, self.forward.samples)
         return self.plan.layouts
 
-    def tangents(self, w, s, release):
+    def tangents(self, s, release):
         """Parameter gradients at the graph's edges, and the tangents of the scores.
 
-        ``w``: dPenalty/dgradient. ``s``: None (no adversarial term), a float (the same for all samples) or (N,).
+        ``s``: None (no adversarial term), a float (the same for all samples) or (N,).
         ``release``: give saved activations back to the allocator as soon as nothing here needs them.
         """
         plan, nodes = self.plan, self.graph.nodes
         self.edges, self.combined = {}, {}
+        w, self.seed = self.seed, None
         w = w * self.up if self.up != 1.0 else w
         env = {(plan.x_position, 0): (w.to(self.forward.x.dtype), True)}
+        del w
         left = dict(plan.uses)
         if s is not None:
             s = s * self.up if self.up != 1.0 else s
@@ -143,12 +147,13 @@ class SharedPass:
             passed, self.combined[ins.feeds.tap] = pair
             produced = [passed]
         else:
+            if self._grows(ins, values[0]):
+                self._parameters(node, ins, values[0], False, s)
             produced = self._tangent(node, ins, values, reuse)
         if ins.tapped and self.deltas[ins.tap] is not None:
             # the tangent may be overwritten unless the output is a view of it
             spare = reuse[0] and ins.rule.fresh and ins.rule.has_product(ins)
             self._parameters(node, ins, values[0], spare, s)
-            self.deltas[ins.tap] = None
         for nr, t in enumerate(produced):
             if t is not None and left.get((ins.position, nr), 0):
                 env[(ins.position, nr)] = (t, ins.rule.fresh or (ins.rule.hands_on and reuse[0]))
@@ -159,6 +164,12 @@ class SharedPass:
         if release:
             for name in ins.gives_back:
                 drop_saved(node, name)
+
+    def _grows(self, ins, t):
+        """Is a product's output larger than its operand's tangent? Then less memory is alive at once if the cotangent of the
+        output is used up before the output's tangent is made; else if that tangent is made first, and the operand's
+        overwritten."""
+        return ins.tapped and t is not None and self.deltas[ins.tap] is not None and t.numel() < self.deltas[ins.tap].numel()
 
     def _activation(self, node, ins, t, s):
         """The tangent of an activation and the operand of the weight gradient behind it in one pass over memory; None where
@@ -187,6 +198,7 @@ class SharedPass:
 
     def _parameters(self, node, ins, t, spare, s):
         d, rule = self.deltas[ins.tap], ins.rule
+        self.deltas[ins.tap] = None
         layouts = self.plan.layouts[ins.tap] if isinstance(s, torch.Tensor) else None
         if rule.has_product(ins):
             u = self.combined.pop(ins.tap, None)
@@ -349,9 +361,11 @@ class _Stored:
 
 
 def check_tangents(tangents, weights, expected, per_sample, scale=1.0):
-    """(True tensor if the scores' change along w is <g_i, w_i> for each sample, or in total; the tolerance).
+    """(True tensor if the scores' change along w is <g_i, w_i> for each sample, or in total; whether that could be told;
+    the tolerance).
 
-    ``scale``: what the tangents were multiplied by. Changes below a dtype's normal numbers are not judged.
+    ``scale``: what the tangents were multiplied by. Changes below a dtype's normal numbers are not judged, nor are infinite
+    ones and NaN: the gradients show those, as eager's do, and a GradScaler waits for them.
     """
     total, tolerance, floor = 0, 0.0, 0.0
     for t, weight in zip(tangents, weights, strict=False):
@@ -362,4 +376,6 @@ def check_tangents(tangents, weights, expected, per_sample, scale=1.0):
         t = t.to(expected.dtype)
         total = total + weight / scale * (t.reshape(t.shape[0], -1).sum(1) if per_sample else t.sum())
     expected = expected if per_sample else expected.sum()
-    return (total - expected).norm() <= tolerance * expected.norm() + floor, tolerance
+    off = (total - expected).norm()
+    judged = off.isfinite()
+    return (off <= tolerance * expected.norm() + floor) | ~judged, judged, tolerance

@@ -35,7 +35,9 @@ def _candidates(shape, n):
 def _fitting(layouts, s, one, scaled):
     tolerance = TOLERANCE.get(one.dtype, 1e-3)
     size = scaled.norm()
-    if not bool(size > 0) or not bool(torch.isfinite(size)):
+    if not bool(torch.isfinite(size)):
+        raise Refused("the critic's gradients are not finite, which proves nothing")
+    if not bool(size > 0):
         return list(layouts)  # nothing arrives here: no evidence for or against any layout
     return [k for k in layouts if bool((scaled - one * spread(s, one, k).to(one.dtype)).norm() <= tolerance * size)]
 

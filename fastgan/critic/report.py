@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.graph import get_gradient_edge
 
-from . import engine
-from .analyse import Graph, Refused, op_name
+from . import engine, fallback
+from .analyse import Refused, op_name
 from .forward import Forward, Snapshot, unwrap
 from .passes import SharedPass
 from .rules import rule_for
@@ -75,12 +75,15 @@ def explain(critic, *example_inputs, score_fn=None, loss_per_sample=True):
     scores = [s for s in forward.scores if s.grad_fn is not None]
     if not scores:
         raise RuntimeError("the critic's scores do not depend on its input: there is no gradient to penalise")
-    graph = Graph(scores)
+    graph = forward.graph
     x_node = get_gradient_edge(forward.x).node
     plan = engine.judge(graph, scores, x_node)
     parts = tuple(_parts(graph, x_node, calls))
     if plan.refusal is not None:
-        return Explanation(engine.DOUBLE, plan.refusal, engine.DOUBLE, plan.refusal, parts, 6)
+        only_once = fallback.first_order_only(forward)
+        why = plan.refusal + (f"; {only_once} cannot be differentiated twice" if only_once else "")
+        method, units = ("jvp", 10) if only_once else (engine.DOUBLE, 6)
+        return Explanation(method, why, method, why, parts, units)
     alone = f"piecewise linear in the input; {len(plan.taps)} places where parameters enter"
     problem = None
     if any(s.dim() == 0 or s.shape[0] != forward.samples for s in forward.scores):

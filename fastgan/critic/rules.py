@@ -207,6 +207,16 @@ class Relu(Rule):
         return (aten.threshold_backward(t, node._saved_result, 0),)
 
 
+class Elementwise(Rule):
+    """y_i = f(x_i): the linear map is diagonal, so the node's backward is its own transpose."""
+
+    fresh = True
+    saves = ("self",)
+
+    def tangent(self, node, ins, tangents, reuse):
+        return (node(tangents[0]),)
+
+
 class MaxPool(Rule):
     fresh = True
     saves = ("self", "result1")
@@ -522,6 +532,7 @@ _RULES.update(
         "Expand": Expand("Expand"),
         "Sum": Sum("Sum", torch.sum),
         "Mean": Sum("Mean", torch.mean),
+        "Hardsigmoid": Elementwise("Hardsigmoid"),  # whose backward has no derivative in PyTorch
         "LeakyRelu": LeakyRelu("LeakyRelu"),
         "Relu": Relu("Relu"),
         "MaxPool2DWithIndices": MaxPool("MaxPool2DWithIndices", 2),
