@@ -21,6 +21,7 @@ from fastgan.critic.forward import Forward
 
 torch.set_num_threads(1)
 
+PENALTIES = {"r1", "r2", "gradient_penalty"}
 R12 = {"r1": 1.3, "r2": 0.7, "loss": "relativistic"}
 R1 = {"r1": 1.3, "loss": "non_saturating"}
 GP = {"gradient_penalty": 10.0, "loss": "wasserstein"}
@@ -864,3 +865,40 @@ def test_tangents_combined_by_the_operator(monkeypatch, activation, case):
     real, fake = torch.randn(2, 4, 3, 8, 8, dtype=torch.float64)
     check(Branches, real, fake, method="fused", **case)
     assert bool(ran) == (getattr(activation, "negative_slope", 0) >= 0)
+
+
+@pytest.mark.parametrize("case", [R12, GP, {"r1": 1.0, "loss": "least_squares"}], ids=["r1+r2", "gp", "r1"])
+def test_refused_steps_become_the_textbooks_one_graph(monkeypatch, case):
+    """From the second step on a small critic that shares nothing has one graph, as eager has; looked into again in time."""
+    monkeypatch.setattr(engine, "_BELIEVED", 2)
+    found, double_backward = [], engine.double_backward
+    monkeypatch.setattr(engine, "double_backward", lambda *a, **k: found.append(1) or double_backward(*a, **k))
+
+    def make():
+        layers = nn.Conv2d(3, 8, 3), nn.Dropout(0.3), nn.BatchNorm2d(8), nn.SiLU(), nn.Flatten()
+        return nn.Sequential(*layers, fastgan.spectral_norm(nn.Linear(288, 1)))
+
+    ours, eager = reference.twins(make)
+    real, fake = batch()
+    penalties = len(PENALTIES.intersection(case))
+    for step, ran in enumerate((1, 0, 0, 1, 0)):
+        found.clear()
+        for twin in (ours, eager):
+            twin.zero_grad()
+        torch.manual_seed(step)
+        result = fastgan.critic_step(ours, real, fake, alpha=0.25, **case)
+        result.loss.backward()
+        torch.manual_seed(step)
+        want = textbook(eager, real, fake, alpha=0.25, **case)
+        want[0].backward()
+        assert len(found) == ran * penalties and result.method == "double_backward" and "BatchNorm" in result.why
+        assert reference.error(reference.grads(ours), reference.grads(eager)) <= 1e-12
+        for got, expected in zip((result.loss, result.adversarial, result.penalty), want, strict=True):
+            torch.testing.assert_close(got.detach(), torch.as_tensor(expected).detach())
+        assert not result.penalty.requires_grad and not any(n.requires_grad for n in result.grad_norms.values())
+        for a, b in zip(ours.buffers(), eager.buffers(), strict=True):
+            torch.testing.assert_close(a, b)
+        with pytest.raises(RuntimeError, match="already delivered"):
+            result.loss.backward()
+    with pytest.raises(RuntimeError, match="create_graph"):
+        fastgan.critic_step(ours, real, fake, alpha=0.25, **case).loss.backward(create_graph=True)

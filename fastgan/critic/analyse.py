@@ -7,6 +7,7 @@ later graph with the same signature. The signature holds the whole graph: names,
 attribute that is not a tensor (dims, shifts, strides, slopes).
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -80,6 +81,10 @@ class Graph:
                     stack.append((child, False))
         self.index = index = {node: i for i, node in enumerate(nodes)}
         self.next = [tuple((index[k] if k is not None else -1, nr) for k, nr in edges[node]) for node in nodes]
+
+    def largest(self):
+        """Elements of the largest tensor that a node yields."""
+        return max((math.prod(m.shape) for node in self.nodes for m in node._input_metadata), default=0)
 
     def signature(self, outputs, x):
         parts = []

@@ -4,6 +4,19 @@ backward."""
 import torch
 
 
+def _refuse_again(spent):
+    if spent:
+        raise RuntimeError(
+            "these gradients were already delivered: they are computed once, so backward() works once; "
+            'call the step again, or use method="double_backward" where a differentiable penalty is needed'
+        )
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph=True: the delivered gradients are finished numbers and cannot be differentiated again; "
+            'use the penalty functions with method="double_backward"'
+        )
+
+
 class Delivery:
     """Gradients by leaf, handed out once. ``checks``: (bool tensor, message) pairs read just before delivery, so that a
     device need not be waited for earlier."""
@@ -18,16 +31,7 @@ class Delivery:
         return _Deliver.apply(value.detach(), self, *wanted)
 
     def hand_out(self, leaves, factor):
-        if self.spent:
-            raise RuntimeError(
-                "these gradients were already delivered: they are computed once, so backward() works once; "
-                'call the step again, or use method="double_backward" where a differentiable penalty is needed'
-            )
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "create_graph=True: the delivered gradients are finished numbers and cannot be differentiated again; "
-                'use the penalty functions with method="double_backward"'
-            )
+        _refuse_again(self.spent)
         for flag, message in self.checks:
             if not bool(flag):
                 raise RuntimeError(message)
@@ -57,3 +61,21 @@ class _Deliver(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         return None, None, *ctx.delivery.hand_out(ctx.leaves, grad_output)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value):
+        ctx.spent = False
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        _refuse_again(ctx.spent)
+        ctx.spent = True
+        return grad_output
+
+
+def once(value):
+    """``value``, whose own graph delivers the gradients, under the rules of :class:`Delivery`: once, and for good."""
+    return _Once.apply(value)

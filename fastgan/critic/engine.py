@@ -28,6 +28,8 @@ FUSED, DOUBLE = "fused", "double_backward"
 _PLANS = weakref.WeakKeyDictionary()  # critic -> {signature: Plan}
 _PLANS_PER_CRITIC = 64
 _REPEATED = weakref.WeakKeyDictionary()  # critic -> could "auto" not do without repeating its forwards, the last time?
+_REFUSED = weakref.WeakKeyDictionary()  # critic -> {situation: [why each penalty takes double backward, steps left]}
+_BELIEVED = 64  # steps after which that is looked into again: a critic may change without a sign
 
 
 @dataclass
@@ -85,6 +87,23 @@ def _remember(critic, repeated):
         _REPEATED[anchor] = repeated
 
 
+def remember_refusals(critic, situation, whys):
+    """In this situation, a step takes double backward for all its penalties, for these reasons."""
+    anchor = owner(critic)
+    if anchor is not None:
+        _REFUSED.setdefault(anchor, {})[situation] = [whys, _BELIEVED]
+
+
+def refusals(critic, situation):
+    """The reasons that are remembered, or None."""
+    anchor = owner(critic)
+    known = None if anchor is None else _REFUSED.get(anchor, {}).get(situation)
+    if known is None or known[1] == 0:
+        return None
+    known[1] -= 1
+    return known[0]
+
+
 def forward_mode_instead(forward):
     """Has "auto" to take forward mode where the shared pass is not allowed: why, or '' where double backward serves."""
     fused = fallback.first_order_only(forward)
@@ -137,10 +156,8 @@ def judge(graph, scores, x_node):
 
 def forget_plans(critic=None):
     """Drop the cached proofs of one critic, or of all."""
-    if critic is None:
-        _PLANS.clear()
-    else:
-        _PLANS.pop(owner(critic), None)
+    for known in (_PLANS, _REFUSED):
+        known.clear() if critic is None else known.pop(owner(critic), None)
 
 
 def sample_factor(cotangents, weights, scores, always_per_sample=False, checks=None):

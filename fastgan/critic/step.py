@@ -7,13 +7,13 @@ import torch
 from fastgan._dtypes import HALF
 
 from .. import losses
-from . import engine, traced
+from . import engine, fallback, traced
 from . import joint as joining
-from .deliver import Delivery
+from .deliver import Delivery, once
 from .forward import Forward, unwrap
 from .inputs import check_batch, check_pair, interpolate, scale_of
 from .outputs import like_output
-from .reduction import PENALTY_AT, Form
+from .reduction import PENALTY_AT, Form, penalty_value
 from .replicas import Replica, refuse_sharded
 
 __all__ = ["CriticStep", "critic_step"]
@@ -76,7 +76,8 @@ def critic_step(
     ``method``: "auto", "fused", "double_backward", "jvp", "finite_difference" (``force``: even where it refuses).
 
     Forwards count as real, fake, interpolates, in this order, each with its own spectral-norm update, batch statistics
-    and dropout masks. Gradients are complete when this returns and are delivered by ``.loss.backward()``.
+    and dropout masks. ``.loss.backward()`` delivers gradients that are complete when this returns; where everything is
+    double backward and small, it is PyTorch's own backward.
 
     Raises ValueError, TypeError for unsuitable arguments, RuntimeError for ``method="fused"`` where that is not exact.
 
@@ -185,18 +186,23 @@ class _Step:
         self.scores = {"real": [], "fake": []}
         self.norms = {}
         self.used = {}
+        self.live = None  # the loss, where its graph waits for backward
+        self.largest = 0  # elements, of what double backward went through
 
-    def forward(self, inputs, args, penalised):
-        replayable = penalised and engine.may_repeat(self.critic, self.method)
+    def forward(self, inputs, args, penalised, shared=True):
+        """``shared``: may the shared pass come to work on it?"""
+        replayable = shared and penalised and engine.may_repeat(self.critic, self.method)
         with self.replica.forward():
             forward = Forward(self.critic, inputs, args, self.score_fn, penalised=penalised, replayable=replayable)
-        if penalised and self.method in ("auto", "fused"):
+        if shared and penalised and self.method in ("auto", "fused"):
             engine.prepare(forward)  # before the next batch is forwarded
         return forward
 
     def run(self, part, forms, joint, generator, pac):
         if joint is True:
             self._joint(part, forms)
+        elif whys := self._refusals(part, forms):
+            return self._textbook(part, forms, generator, pac, whys)
         else:
             key = self._may_join(part, forms) if joint == "auto" else None
             both = joining.joint_forward(self.critic, key, part.real, part.fake, self.score_fn)
@@ -208,6 +214,48 @@ class _Step:
             inputs = interpolate(part.real, part.fake, alpha=part.alpha, generator=generator, pac=pac)
             forward = self.forward(inputs, part.interpolate_args, True)
             self._penalised("gp", forward, None, forms["gp"], part.share)
+        small = self.largest <= joining.LARGEST  # else memory counts for more than time
+        if joint is not True and small and self.used and all(method == engine.DOUBLE for method, _ in self.used.values()):
+            engine.remember_refusals(self.critic, self._situation(part, forms), {k: why for k, (_, why) in self.used.items()})
+
+    def _situation(self, part, forms):
+        used = tuple(name for name, form in forms.items() if form is not None)
+        return tuple(part.real.shape), tuple(part.fake.shape), self.loss.name, self.method, used
+
+    def _refusals(self, part, forms):
+        """Why each penalty took double backward the last time, where all of them did; else None. Not for a part of a batch,
+        which is there to save memory, and not under DDP, whose reducer is to be prepared once a step."""
+        if part.share == 1.0 and self.replica.ddp is None and self.method in ("auto", engine.DOUBLE):
+            return engine.refusals(self.critic, self._situation(part, forms))
+
+    def _textbook(self, part, forms, generator, pac, whys):
+        """Loss and penalties as eager PyTorch has them, in one graph that waits for backward: the least to do where they share
+        nothing. Its activations are in memory all at once."""
+        forwards = {
+            name: self.forward(getattr(part, name), getattr(part, name + "_args"), forms[key] is not None, shared=False)
+            for name, key in (("real", "r1"), ("fake", "r2"))
+        }
+        for name, forward in forwards.items():
+            self.scores[name].append(forward.detached())
+        if forms["gp"] is not None:
+            inputs = interpolate(part.real, part.fake, alpha=part.alpha, generator=generator, pac=pac)
+            forwards["gp"] = self.forward(inputs, part.interpolate_args, True, shared=False)
+        with torch.enable_grad():
+            total = _value(self.loss, [forwards["real"].scores, forwards["fake"].scores], part.share)
+            self.adversarial = self.adversarial + total.detach()
+            for name, forward in forwards.items():
+                key = PENALTY_AT[name]
+                if forms[key] is None:
+                    continue
+                form = forms[key].with_weight(forms[key].weight * part.share)
+                weights = [1.0] * len(forward.scores)
+                gradient = fallback.input_gradient(forward, weights, self.scale, create_graph=True)
+                penalty, norms = penalty_value(gradient, form)
+                total = total + penalty
+                self.penalty = self.penalty + penalty.detach()
+                self.norms.setdefault(key, []).append(norms.detach())
+                self.used[key] = engine.DOUBLE, whys[key]
+        self.live = once(total)
 
     def _may_join(self, part, forms):
         r1, r2 = forms["r1"], forms["r2"]
@@ -286,6 +334,8 @@ class _Step:
         if key != "r1+r2":
             self.norms.setdefault(key, []).append(found.norms)
         self.used[key] = (found.method, found.why)
+        if found.method == engine.DOUBLE:
+            self.largest = max(self.largest, forward.graph.largest())
         self._add(found)
         return found.norms
 
@@ -340,10 +390,13 @@ class _Step:
     def finish(self, note=""):
         adversarial = torch.as_tensor(self.adversarial)
         penalty = self.penalty if isinstance(self.penalty, torch.Tensor) else torch.zeros_like(adversarial)
-        delivery = Delivery(self.total.gradients, self.total.leaves, self.total.checks)
+        loss = self.live
+        if loss is None:
+            delivery = Delivery(self.total.gradients, self.total.leaves, self.total.checks)
+            loss = self.replica.finish(delivery.attach(adversarial + penalty))
         methods = list(dict.fromkeys(m for m, _ in self.used.values()))
         return CriticStep(
-            loss=self.replica.finish(delivery.attach(adversarial + penalty)),
+            loss=loss,
             adversarial=adversarial,
             penalty=penalty,
             real_scores=_joined(self.scores["real"]),
@@ -358,14 +411,19 @@ def _joined(parts):
     return like_output([torch.cat(column) if len(column) > 1 else column[0] for column in zip(*parts, strict=False)])
 
 
+def _value(function, groups, share):
+    """A loss of groups of scores, times share: a scalar."""
+    value = function(*(like_output(group) for group in groups))
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        raise ValueError("the loss must return a scalar tensor")
+    return value.reshape(()) * share if share != 1.0 else value.reshape(())
+
+
 def _derivatives(function, groups, share):
     """Value of a loss of groups of scores, times share, and its derivative with respect to each score."""
     with torch.enable_grad():
         leaves = [[s.detach().requires_grad_(True) for s in group] for group in groups]
-        value = function(*(like_output(group) for group in leaves))
-        if not isinstance(value, torch.Tensor) or value.numel() != 1:
-            raise ValueError("the loss must return a scalar tensor")
-        value = value.reshape(()) * share if share != 1.0 else value.reshape(())
+        value = _value(function, leaves, share)
         flat = [s for group in leaves for s in group]
         grads = torch.autograd.grad(value, flat, allow_unused=True) if value.requires_grad else [None] * len(flat)
     found = iter(
