@@ -20,6 +20,7 @@ def declare_closed(
     name: str,
     options: str,
     *,
+    derivative_options: str | None = None,
     references: tuple[Callable, Callable, Callable, Callable],
     like_output: Callable,
     like_input: Callable,
@@ -27,19 +28,22 @@ def declare_closed(
 ):
     """Declare ``name``, ``name_backward``, ``name_jvp`` and ``name_double_backward`` and return the four operators.
 
-    ``references``: of (x, *options), (grad, x, *options), (t, x, *options) and (v, grad, x, *options).
-    ``options``: of all four, as in a schema. ``like_output``, ``like_input``: fakes, of (x, *options).
+    ``options``, ``derivative_options``: as in a schema; the last of the former are the latter, all of them unless given.
+    ``references``: of (x, *options) and, with derivative options, of (grad, x, ...), (t, x, ...) and (v, grad, x, ...).
+    ``like_output``, ``like_input``: fakes, of x and either options.
     ``vmap``: a rule as :func:`declare` takes it, of the operator.
     """
     forward_reference, backward_reference, jvp_reference, double_backward_reference = references
-    nothing = (None,) * len(options.split(","))
+    derivative_options = options if derivative_options is None else derivative_options
+    passed = derivative_options.count(",") + 1 if derivative_options else 0
+    nothing = (None,) * passed
 
     def setup_context(ctx, inputs, output):
-        ctx.options = inputs[len(inputs) - len(nothing) :]
+        ctx.options = inputs[len(inputs) - passed :]
         save_inputs(ctx, inputs, output)
 
     def forward_backward(ctx, grad):
-        return backward(grad, *ctx.saved_tensors, *ctx.options), *nothing
+        return backward(grad, *ctx.saved_tensors, *ctx.options), *(None,) * (options.count(",") + 1)
 
     def forward_jvp(ctx, t, *_):
         return jvp(t, *ctx.saved_tensors, *ctx.options)
@@ -58,18 +62,25 @@ def declare_closed(
         t, x = ctx.saved_tensors
         return backward(h, x, *ctx.options), double_backward(t, h, x, *ctx.options)[1], *nothing
 
-    def declared(suffix: str, tensors: str, results: str, **arguments):
+    def declared(suffix: str, inputs: str, results: str, **arguments):
         if vmap:
             arguments["vmap"] = vmap(lambda: op)
-        op = declare(f"{name}{suffix}({tensors}, {options}) -> {results}", setup_context=setup_context, **arguments)
+        op = declare(f"{name}{suffix}({inputs}) -> {results}", setup_context=setup_context, **arguments)
         return op
 
+    also = f", {derivative_options}" if derivative_options else ""
     forward = declared(
-        "", "Tensor x", "Tensor", reference=forward_reference, fake=like_output, backward=forward_backward, jvp=forward_jvp
+        "",
+        f"Tensor x, {options}",
+        "Tensor",
+        reference=forward_reference,
+        fake=like_output,
+        backward=forward_backward,
+        jvp=forward_jvp,
     )
     backward = declared(
         "_backward",
-        "Tensor grad, Tensor x",
+        f"Tensor grad, Tensor x{also}",
         "Tensor",
         reference=backward_reference,
         fake=lambda grad, *inputs: like_input(*inputs),
@@ -78,7 +89,7 @@ def declare_closed(
     )
     jvp = declared(
         "_jvp",
-        "Tensor t, Tensor x",
+        f"Tensor t, Tensor x{also}",
         "Tensor",
         reference=jvp_reference,
         fake=lambda t, *inputs: like_output(*inputs),
@@ -86,7 +97,7 @@ def declare_closed(
     )
     double_backward = declared(
         "_double_backward",
-        "Tensor v, Tensor grad, Tensor x",
+        f"Tensor v, Tensor grad, Tensor x{also}",
         "(Tensor, Tensor)",
         reference=double_backward_reference,
         fake=lambda v, grad, *inputs: (like_output(*inputs), like_input(*inputs)),
