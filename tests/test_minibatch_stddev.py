@@ -149,7 +149,7 @@ def test_half_precision_computes_in_float32(backend, dtype):
     same = torch.zeros(4, 4, 3, 3, dtype=dtype, requires_grad=True)
     y = minibatch_stddev(same)
     y.sum().backward()
-    assert torch.equal(y[:, 4:], torch.full_like(y[:, 4:], 1e-4))
+    torch.testing.assert_close(y[:, 4:], torch.full_like(y[:, 4:], 1e-4), rtol=1e-2, atol=0)
     assert same.grad.isfinite().all()
     large = (some(4, 4, 3, 3) * 1000).to(dtype)
     y = minibatch_stddev(large)
