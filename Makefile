@@ -18,7 +18,8 @@ demo: $(VENV)/built
 # MALLOC_PERTURB_ fills fresh C memory with a pattern, so that a kernel that reads what it did not write is caught.
 test: $(VENV)/built
 	MALLOC_PERTURB_=85 $(BIN)/python -m pytest -q -n 2 --dist worksteal
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/test_ops.py tests/test_minibatch_discrimination.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/test_ops.py tests/test_minibatch_discrimination.py \
+		tests/test_minibatch_stddev.py
 
 lint: $(VENV)/tools
 	$(BIN)/ruff check .

@@ -2,10 +2,16 @@
 
 import pytest
 
-from benchmarks import critic_step, gradient_penalty, minibatch_discrimination, spectral_norm
+from benchmarks import critic_step, gradient_penalty, minibatch_discrimination, minibatch_stddev, spectral_norm
 from benchmarks.case import OURS, run
 
-CASES = [*minibatch_discrimination.CASES, *critic_step.CASES, *gradient_penalty.CASES, *spectral_norm.CASES]
+CASES = [
+    *minibatch_discrimination.CASES,
+    *minibatch_stddev.CASES,
+    *critic_step.CASES,
+    *gradient_penalty.CASES,
+    *spectral_norm.CASES,
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -18,6 +18,7 @@ from fastgan.functional import explain as explain
 from fastgan.functional import gradient_penalty as gradient_penalty
 from fastgan.functional import max_gradient_penalty as max_gradient_penalty
 from fastgan.functional import minibatch_discrimination as minibatch_discrimination
+from fastgan.functional import minibatch_stddev as minibatch_stddev
 from fastgan.functional import path_length_penalty as path_length_penalty
 from fastgan.functional import penalty_from_output as penalty_from_output
 from fastgan.functional import r1_penalty as r1_penalty

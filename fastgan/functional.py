@@ -10,6 +10,7 @@ from fastgan.critic import critic_step as critic_step
 from fastgan.critic import explain as explain
 from fastgan.distributed import gather_batch, rows_of_this_rank
 from fastgan.ops import minibatch_discrimination as _minibatch_discrimination
+from fastgan.ops import minibatch_stddev as _minibatch_stddev
 from fastgan.ops import spectral_norm as _spectral_norm
 from fastgan.penalties import dragan_penalty as dragan_penalty
 from fastgan.penalties import gradient_penalty as gradient_penalty
@@ -23,13 +24,14 @@ from fastgan.penalties import zero_centered_penalty as zero_centered_penalty
 
 
 def _check_tensor(function: str, name: str, value, shape: str) -> None:
-    """Type, rank (``shape`` is written like "(B, K, D)") and floating dtype of one argument."""
+    """Type, rank and floating dtype of one argument; ``shape`` is written like "(B, K, D)", or "(B, C, ...)" for 2 or more."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: {name} is a {type(value).__name__}, expected a torch.Tensor of shape {shape}")
-    rank = shape.count(",") + 1
-    if value.dim() != rank:
+    rank, more = shape.count(",") + 1, shape.endswith("...)")
+    if value.dim() < rank - 1 if more else value.dim() != rank:
         raise ValueError(
-            f"{function}: {name} has {value.dim()} dimensions {tuple(value.shape)}, expected {rank}: {shape}"
+            f"{function}: {name} has {value.dim()} dimensions {tuple(value.shape)}, expected "
+            f"{f'{rank - 1} or more' if more else rank}: {shape}"
             + (". A (B, K*D) projection becomes it with .view(B, K, D)" if shape == "(B, K, D)" and value.dim() == 2 else "")
         )
     if value.dtype not in FLOATS:
@@ -67,6 +69,82 @@ def minibatch_discrimination(m: Tensor, *, self_term: bool = True, group=None) -
         return _minibatch_discrimination.forward(m, self_term)
     everyone, counts = gather_batch(m, group, "minibatch_discrimination: m")
     return rows_of_this_rank(_minibatch_discrimination.forward(everyone, self_term), counts, group)
+
+
+def check_stddev_options(function: str, group_size, num_channels, layout, remainder, eps) -> None:
+    if group_size is not None and (not isinstance(group_size, int) or group_size < 1):
+        raise ValueError(f"{function}: group_size is {group_size!r}, expected a positive integer, or None for the whole batch")
+    if not isinstance(num_channels, int) or num_channels < 1:
+        raise ValueError(f"{function}: num_channels is {num_channels!r}, expected a positive integer")
+    for name, value, choices in (("layout", layout, ("strided", "contiguous")), ("remainder", remainder, ("even", "whole"))):
+        if value not in choices:
+            raise ValueError(f"{function}: {name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
+    if not eps >= 0:
+        raise ValueError(f"{function}: eps is {eps!r}, expected 0 or more")
+
+
+def minibatch_stddev(
+    x: Tensor,
+    *,
+    group_size: int | None = 4,
+    num_channels: int = 1,
+    layout: str = "strided",
+    unbiased: bool = False,
+    remainder: str = "even",
+    eps: float = 1e-8,
+    group=None,
+) -> Tensor:
+    r"""Append to every sample how much its group of samples varies, averaged over channels and places: StyleGAN's layer.
+
+    Per channel and place, :math:`\sqrt{\mathrm{var} + \varepsilon}` over the G samples of a group; the mean of that over each
+    of ``num_channels`` equal slices of the channels is one number, which fills one channel appended to the group's samples.
+
+    Args:
+        x: (B, C, ...) with any number of places, from (B, C) to (B, C, D, H, W); float16, bfloat16, float32 or float64, any
+            strides. Half precision is computed in float32.
+        group_size: G, at most B; None for the whole batch (progressive GANs, tfgan).
+        num_channels: F, has to divide C.
+        layout: "strided" (StyleGAN): sample n is in group n mod (B / G). "contiguous" (pytorch_GAN_zoo): groups are runs of
+            samples.
+        unbiased: divide squares by G - 1 (pytorch_GAN_zoo) instead of G. A group of one sample then has the statistic 0.
+        remainder: where G does not divide B, which StyleGAN refuses: "even" makes B // G groups, as equal as can be and none
+            smaller than G (10 samples and G = 4: 5 and 5; 11: 6 and 5); "whole" makes one of all samples (pytorch_GAN_zoo).
+        eps: added to the variance. With 0, identical samples have the derivative 0 where the formula's is NaN (tfgan).
+        group: a ``torch.distributed`` process group, or ``"world"``. The batch is then that of all its ranks in rank order: x
+            is gathered (with gradients) and each rank gets its own samples. Ranks may hold different B.
+
+    Returns:
+        (B, C + F, ...), x first, dtype and device of ``x``; channels_last if x is, else contiguous. B may be 0.
+        Differentiable twice, in forward mode, under ``torch.func`` and ``torch.compile(fullgraph=True)``; identical samples
+        have finite derivatives of both orders.
+
+    Raises:
+        TypeError: ``x`` is not a floating tensor.
+        ValueError: ``x`` has fewer than 2 dimensions; ``num_channels`` does not divide C; an option other than said.
+        RuntimeError: with ``group``: ``torch.distributed`` is not initialised, or ranks disagree on the shape of a sample.
+
+    A NaN or Inf makes the statistic of its group and slice NaN.
+
+    Source: Karras et al. 2017, "Progressive Growing of GANs", section 3; groups and slices as in the code of Karras et al.
+    2020, "Analyzing and Improving the Image Quality of StyleGAN".
+    """
+    _check_tensor("minibatch_stddev", "x", x, "(B, C, ...)")
+    check_stddev_options("minibatch_stddev", group_size, num_channels, layout, remainder, eps)
+    if x.shape[1] == 0 or x.shape[1] % num_channels:
+        raise ValueError(
+            f"minibatch_stddev: x has {x.shape[1]} channels {tuple(x.shape)}, expected a positive multiple of "
+            f"num_channels={num_channels}; choose a num_channels that divides {x.shape[1]}"
+        )
+    if group is not None:
+        x, counts = gather_batch(x, group, "minibatch_stddev: x")
+    batch = x.shape[0]
+    size = max(1, batch if group_size is None else min(group_size, batch))
+    groups = 1 if remainder == "whole" and batch % size else max(1, batch // size)
+    if unbiased and batch == groups:
+        out = torch.cat([x, x.new_zeros(batch, num_channels, *x.shape[2:])], 1)
+    else:
+        out = _minibatch_stddev.forward(x, groups, layout == "strided", num_channels, unbiased, eps)
+    return out if group is None else rows_of_this_rank(out, counts, group)
 
 
 def spectral_normalize(

@@ -215,6 +215,61 @@ OPERATORS |= {
 }
 
 
+# Minibatch standard deviation: shapes are those of x, then the number of groups, that of channels, and 1 for GAN_zoo's form.
+def _stddev_form(shape):
+    *shape, groups, channels, zoo, dtype, generator = shape
+    # eps not small: where by chance a group's samples nearly agree, second derivatives are a few huge numbers and their errors
+    return shape, (groups, not zoo, channels, bool(zoo), 0.1), {"dtype": dtype, "generator": generator}
+
+
+def _stddev(extra):
+    """Inputs: ``extra`` of "t" (like x) and "g" (like the output), then x."""
+
+    def make(*shape):
+        (b, c, *rest), form, how = _stddev_form(shape)
+        extras = (normal(b, c + (form[2] if kind == "g" else 0), *rest, **how) for kind in extra)
+        return *extras, normal(b, c, *rest, **how), *form
+
+    return make
+
+
+_stddev_common = {
+    "shapes": (
+        (1, 1, 1, 1, 0),
+        (4, 3, 1, 1, 0),
+        (8, 6, 5, 3, 2, 2, 0),
+        (7, 4, 9, 2, 1, 1),
+        (9, 4, 3, 5, 2, 4, 1),
+        (6, 5, 2, 3, 2, 1, 1, 0),
+        (37, 6, 1, 3, 1),
+        (4, 64, 17, 9, 1, 2, 0),
+        (70, 2, 33, 1, 1, 0),
+        (0, 4, 3, 1, 1, 0),
+        (3, 4, 0, 1, 2, 0),
+    ),
+    "interpreted": (
+        (1, 1, 1, 1, 0),
+        (7, 4, 9, 2, 1, 1),
+        (8, 6, 5, 3, 2, 2, 0),
+        (3, 300, 1, 1, 0),
+        (0, 4, 3, 1, 1, 0),
+        (3, 4, 0, 1, 2, 0),
+    ),
+    "small": ((4, 2, 1, 1, 0), (5, 4, 2, 2, 2, 0), (4, 2, 2, 1, 1, 1)),
+    "large": (10, 6, 65, 33, 3, 2, 0),
+    "bad_shape": (9, 6, 2, 2, 3, 0),
+}
+
+OPERATORS |= {
+    "minibatch_stddev": Operator(_stddev(""), bad=(0, (4, 1, 1)), **_stddev_common),
+    "minibatch_stddev_backward": Operator(_stddev("g"), bad=(1, (4, 1, 1)), **_stddev_common),
+    "minibatch_stddev_jvp": Operator(_stddev("t"), forward_mode=False, bad=(1, (4, 1, 1)), **_stddev_common),
+    "minibatch_stddev_double_backward": Operator(
+        _stddev("tg"), differentiable=False, forward_mode=False, bad=(2, (4, 1, 1)), **_stddev_common
+    ),
+}
+
+
 def inputs(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple:
     return OPERATORS[name].make(*shape, dtype, torch.Generator().manual_seed(seed))
 

@@ -97,6 +97,27 @@ FASTGAN_INLINE DoubleVector at_most(DoubleVector x, double limit) {
 #endif
 }
 
+FASTGAN_INLINE FloatVector square_root(FloatVector x) {
+#if FASTGAN_ISA == 512
+  return (FloatVector)_mm512_maskz_sqrt_ps(__mmask16(-1), (__m512)x);
+#elif FASTGAN_ISA == 2
+  return (FloatVector)_mm256_sqrt_ps((__m256)x);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+FASTGAN_INLINE DoubleVector square_root(DoubleVector x) {
+#if FASTGAN_ISA == 512
+  return (DoubleVector)_mm512_maskz_sqrt_pd(__mmask8(-1), (__m512d)x);
+#elif FASTGAN_ISA == 2
+  return (DoubleVector)_mm256_sqrt_pd((__m256d)x);
+#else
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_sqrt(x[i]);
+  return x;
+#endif
+}
+
 // The larger of a and b, lane by lane. Baseline x86-64 lacks the instruction.
 FASTGAN_INLINE UInt32Vector larger(UInt32Vector a, UInt32Vector b) {
 #if FASTGAN_ISA == 512

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastgan._dtypes import accumulate_dtype
-from fastgan.ops._declare import declare, save_inputs
+from fastgan.ops._closed import declare_closed
 
 # Elements of one (rows, B, K, D) temporary of the reference: bounds its memory, big enough to hide the Python loop.
 _CHUNK = 1 << 21
@@ -82,44 +82,12 @@ def jvp_reference(t: Tensor, m: Tensor) -> Tensor:
     return _collect(chunks, m, m.shape[:2])
 
 
-def _like_output(m: Tensor) -> Tensor:
+def _like_output(m: Tensor, *_) -> Tensor:
     return m.new_empty(m.shape[:2])
 
 
 def _like_m(m: Tensor) -> Tensor:
     return m.new_empty(m.shape)
-
-
-# Derivatives. Each formula calls the operators below, so it is differentiable in turn.
-
-
-def _forward_backward(ctx, grad):
-    (m,) = ctx.saved_tensors
-    return backward(grad, m), None
-
-
-def _forward_jvp(ctx, t, _):
-    (m,) = ctx.saved_tensors
-    return jvp(t, m)
-
-
-def _backward_backward(ctx, v):
-    grad, m = ctx.saved_tensors
-    return double_backward(v, grad, m)
-
-
-def _backward_jvp(ctx, t_grad, t_m):
-    grad, m = ctx.saved_tensors
-    along_grad = None if t_grad is None else backward(t_grad, m)
-    along_m = None if t_m is None else double_backward(t_m, grad, m)[1]
-    if along_grad is None or along_m is None:
-        return along_m if along_grad is None else along_grad
-    return along_grad + along_m
-
-
-def _jvp_backward(ctx, h):
-    t, m = ctx.saved_tensors
-    return backward(h, m), double_backward(t, h, m)[1]
 
 
 def _fold_into_kernels(info, in_dims, args):
@@ -144,35 +112,12 @@ def _vmap(op):
     return rule
 
 
-forward = declare(
-    "minibatch_discrimination(Tensor m, bool self_term) -> Tensor",
-    reference=forward_reference,
-    fake=lambda m, self_term: _like_output(m),
-    setup_context=save_inputs,
-    backward=_forward_backward,
-    jvp=_forward_jvp,
-    vmap=_vmap(lambda: forward),
-)
-backward = declare(
-    "minibatch_discrimination_backward(Tensor grad, Tensor m) -> Tensor",
-    reference=backward_reference,
-    fake=lambda grad, m: _like_m(m),
-    setup_context=save_inputs,
-    backward=_backward_backward,
-    jvp=_backward_jvp,
-    vmap=_vmap(lambda: backward),
-)
-jvp = declare(
-    "minibatch_discrimination_jvp(Tensor t, Tensor m) -> Tensor",
-    reference=jvp_reference,
-    fake=lambda t, m: _like_output(m),
-    setup_context=save_inputs,
-    backward=_jvp_backward,
-    vmap=_vmap(lambda: jvp),
-)
-double_backward = declare(
-    "minibatch_discrimination_double_backward(Tensor v, Tensor grad, Tensor m) -> (Tensor, Tensor)",
-    reference=double_backward_reference,
-    fake=lambda v, grad, m: (_like_output(m), _like_m(m)),
-    vmap=_vmap(lambda: double_backward),
+forward, backward, jvp, double_backward = declare_closed(
+    "minibatch_discrimination",
+    "bool self_term",
+    derivative_options="",
+    references=(forward_reference, backward_reference, jvp_reference, double_backward_reference),
+    like_output=_like_output,
+    like_input=_like_m,
+    vmap=_vmap,
 )

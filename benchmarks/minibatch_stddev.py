@@ -1,0 +1,62 @@
+"""Minibatch standard deviation at StyleGAN2's shapes against the formula in torch operators, eager and compiled."""
+
+import torch
+
+import fastgan
+from benchmarks.case import OURS, Case
+
+
+def textbook(x):
+    """StyleGAN2's arithmetic, groups of 4."""
+    b, c, h, w = x.shape
+    y = x.reshape(4, b // 4, c * h * w)
+    y = ((y - y.mean(0)).square().mean(0) + 1e-8).sqrt().mean(1)
+    return torch.cat([x, y.reshape(-1, 1, 1, 1).repeat(4, 1, h, w)], 1)
+
+
+def _forward_backward(function, x, weight):
+    def run():
+        y = function(x)
+        return y, *torch.autograd.grad(y, x, weight)
+
+    return run
+
+
+def _penalty(function, x, weight):
+    """The gradient of a gradient penalty: what the layer costs inside a penalised critic."""
+
+    def run():
+        (g,) = torch.autograd.grad(function(x), x, weight, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), (x, weight))
+
+    return run
+
+
+def _case(batch: int, mode: str, memory_format=torch.contiguous_format) -> Case:
+    double = mode == "penalty"
+    run = _penalty if double else _forward_backward
+
+    def start(dtype=torch.float32):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(batch, 512, 4, 4, generator=generator).to(dtype, memory_format=memory_format)
+        weight = torch.randn(batch, 513, 4, 4, generator=generator).to(dtype, memory_format=memory_format)
+        return x.requires_grad_(), weight.requires_grad_(double)
+
+    def candidates():
+        found = {OURS: run(fastgan.minibatch_stddev, *start()), "eager": run(textbook, *start())}
+        if not double:  # what torch.compile returns can't be differentiated twice
+            found["compile"] = run(torch.compile(textbook, dynamic=False), *start())
+        return found
+
+    name = f"{batch}x512x4x4" + ("" if memory_format == torch.contiguous_format else "-channels_last")
+    # what the penalty hands back has 1 / sigma^3 in it, and of 4 samples some nearly agree
+    return Case(
+        "minibatch_stddev", name, mode, candidates, lambda: run(textbook, *start(torch.float64))(), {"eager": 3.0}, 1e-3
+    )
+
+
+CASES = [
+    *(_case(batch, "forward+backward") for batch in (4, 16, 64)),
+    _case(64, "forward+backward", torch.channels_last),
+    *(_case(batch, "penalty") for batch in (4, 16, 64)),
+]
