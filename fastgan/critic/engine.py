@@ -28,8 +28,8 @@ FUSED, DOUBLE = "fused", "double_backward"
 _PLANS = weakref.WeakKeyDictionary()  # critic -> {signature: Plan}
 _PLANS_PER_CRITIC = 64
 _REPEATED = weakref.WeakKeyDictionary()  # critic -> could "auto" not do without repeating its forwards, the last time?
-_REFUSED = weakref.WeakKeyDictionary()  # critic -> {situation: [why each penalty takes double backward, steps left]}
-_BELIEVED = 64  # steps after which that is looked into again: a critic may change without a sign
+_REFUSED = weakref.WeakKeyDictionary()  # critic -> {situation: [why each penalty takes double backward, steps that did]}
+_SURE, _BELIEVED = 3, 64  # steps until that is believed, and after which it is looked into again: a critic may change
 
 
 @dataclass
@@ -88,19 +88,25 @@ def _remember(critic, repeated):
 
 
 def remember_refusals(critic, situation, whys):
-    """In this situation, a step takes double backward for all its penalties, for these reasons."""
+    """A step took double backward for all its penalties, for reasons in the critic's graph; None: it didn't."""
     anchor = owner(critic)
     if anchor is not None:
-        _REFUSED.setdefault(anchor, {})[situation] = [whys, _BELIEVED]
+        known = _REFUSED.setdefault(anchor, {})
+        _, steps = known.pop(situation, (None, 0))
+        if whys is not None:
+            known[situation] = [whys, steps + 1]
 
 
 def refusals(critic, situation):
-    """The reasons that are remembered, or None."""
+    """The reasons, where there is no use in looking for others; None where there may be."""
     anchor = owner(critic)
     known = None if anchor is None else _REFUSED.get(anchor, {}).get(situation)
-    if known is None or known[1] == 0:
+    if known is None or known[1] < _SURE:
         return None
-    known[1] -= 1
+    known[1] += 1
+    if known[1] > _SURE + _BELIEVED:
+        known[1] = _SURE - 1
+        return None
     return known[0]
 
 

@@ -187,7 +187,8 @@ class _Step:
         self.norms = {}
         self.used = {}
         self.live = None  # the loss, where its graph waits for backward
-        self.largest = 0  # elements, of what double backward went through
+        # Did all penalties so far take double backward for good, and the largest activation of theirs
+        self.refused, self.largest = True, 0
 
     def forward(self, inputs, args, penalised, shared=True):
         """``shared``: may the shared pass come to work on it?"""
@@ -214,16 +215,17 @@ class _Step:
             inputs = interpolate(part.real, part.fake, alpha=part.alpha, generator=generator, pac=pac)
             forward = self.forward(inputs, part.interpolate_args, True)
             self._penalised("gp", forward, None, forms["gp"], part.share)
-        small = self.largest <= joining.LARGEST  # else memory counts for more than time
-        if joint is not True and small and self.used and all(method == engine.DOUBLE for method, _ in self.used.values()):
-            engine.remember_refusals(self.critic, self._situation(part, forms), {k: why for k, (_, why) in self.used.items()})
+        if joint is not True and self.used:
+            refused = self.refused and self.largest <= joining.LARGEST  # beyond, memory counts for more than time
+            whys = {key: why for key, (_, why) in self.used.items()} if refused else None
+            engine.remember_refusals(self.critic, self._situation(part, forms), whys)
 
     def _situation(self, part, forms):
         used = tuple(name for name, form in forms.items() if form is not None)
         return tuple(part.real.shape), tuple(part.fake.shape), self.loss.name, self.method, used
 
     def _refusals(self, part, forms):
-        """Why each penalty took double backward the last time, where all of them did; else None. Not for a part of a batch,
+        """Why each penalty takes double backward, where all of them do, step after step; else None. Not for a part of a batch,
         which is there to save memory, and not under DDP, whose reducer is to be prepared once a step."""
         if part.share == 1.0 and self.replica.ddp is None and self.method in ("auto", engine.DOUBLE):
             return engine.refusals(self.critic, self._situation(part, forms))
@@ -334,8 +336,10 @@ class _Step:
         if key != "r1+r2":
             self.norms.setdefault(key, []).append(found.norms)
         self.used[key] = (found.method, found.why)
-        if found.method == engine.DOUBLE:
+        if self.method == engine.DOUBLE or (found.method == engine.DOUBLE and forward.prepared[1].refusal is not None):
             self.largest = max(self.largest, forward.graph.largest())
+        else:
+            self.refused = False
         self._add(found)
         return found.norms
 
