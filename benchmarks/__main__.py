@@ -95,6 +95,7 @@ def plot(results: dict, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     most = max(len(result["cases"]) for result in results.values())
     figure, axes = plt.subplots(1, len(results), figsize=(7 * len(results), 1.5 + 0.5 * most), squeeze=False, sharey=True)
@@ -111,13 +112,14 @@ def plot(results: dict, path: Path) -> None:
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter("{x:g}x")
+        axis.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axis.xaxis.set_minor_formatter("{x:g}x")
         axis.tick_params(axis="x", which="both", labelsize=7)
         axis.set_yticks(range(len(cases)), [f"{row['op']} {row['shape']} {row['mode']}" for row in cases], fontsize=8)
         axis.set_title(f"allocator {which}")
         axis.set_xlabel("times faster: fastgan over the baseline (median, quartiles)")
         axis.grid(axis="x", alpha=0.3)
-    axes[0][0].invert_yaxis()
+    axes[0][0].set_ylim(most - 0.4, -0.6)
     axes[0][0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
