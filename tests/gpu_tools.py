@@ -36,6 +36,13 @@ class Usage:
         return blocks * warps / most_warps
 
 
+def triton_targets() -> dict:
+    """Architectures that Triton kernels are compiled for, by name."""
+    from triton.backends.compiler import GPUTarget
+
+    return {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
+
+
 def compile_triton(kernel, arguments: dict, target, num_warps: int):
     """``arguments``: parameter -> Triton type ("*fp32", "i32") or, for a constant, its value."""
     from triton import compile

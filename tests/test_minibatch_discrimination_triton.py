@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("with TRITON_INTERPRET=1 kernels are interpreted, not compiled", allow_module_level=True)
 
 import triton.language as tl
-from gpu_tools import array, compile_triton, emulator, triton_usage
+from gpu_tools import array, compile_triton, emulator, triton_targets, triton_usage
 from samples import inputs
 from triton.backends.compiler import GPUTarget
 
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.gpu_check
 
 # kernel -> values it keeps per row and component, as its launcher says
 KERNELS = {"forward_kernel": 1, "backward_kernel": 2, "jvp_kernel": 3, "double_backward_kernel": 4}
-NVIDIA = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
-TARGETS = NVIDIA | {"gfx942": GPUTarget("hip", "gfx942", 64)}
+TARGETS = triton_targets()
+NVIDIA = {name: target for name, target in TARGETS.items() if target.backend == "cuda"}
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 
 

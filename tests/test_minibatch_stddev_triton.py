@@ -11,15 +11,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("with TRITON_INTERPRET=1 kernels are interpreted, not compiled", allow_module_level=True)
 
 import triton.language as tl
-from gpu_tools import compile_triton, triton_usage
+from gpu_tools import compile_triton, triton_targets, triton_usage
 from triton.backends.compiler import GPUTarget
 
 from fastgan.kernels import minibatch_stddev
 
 pytestmark = pytest.mark.gpu_check
 
-TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
+TARGETS = triton_targets()
 DTYPES = ("fp16", "bf16", "fp32", "fp64")
+
 #: operator -> what its launch of the kernel of columns is specialised for
 OPERATORS = {
     "forward": {"TANGENT": False, "WEIGHTS": False, "VALUES": True},
