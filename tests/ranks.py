@@ -1,4 +1,4 @@
-"""``on_ranks``: runs a function in two gloo processes."""
+"""``on_ranks``: runs a function in two gloo processes; and what to compare there."""
 
 import os
 import socket
@@ -25,6 +25,22 @@ def _enter(rank, port, target, arguments):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def assert_as_one_process(rank, counts, full, function):
+    """Values and derivatives of ``function(x, group)`` on this rank's rows are those of one process with all rows ``full``."""
+    full = full.requires_grad_()
+    expected = function(full, None)
+    mine = full.detach().split(counts)[rank].clone().requires_grad_()
+    ours = function(mine, "world")
+    torch.testing.assert_close(ours, expected.split(counts)[rank])
+    # the sum over ranks of the losses is the loss of one process
+    (g_full,) = torch.autograd.grad(expected.square().sum(), full, create_graph=True)
+    (g_mine,) = torch.autograd.grad(ours.square().sum(), mine, create_graph=True)
+    torch.testing.assert_close(g_mine, g_full.split(counts)[rank])
+    (gg_full,) = torch.autograd.grad(g_full.square().sum(), full)
+    (gg_mine,) = torch.autograd.grad(g_mine.square().sum(), mine)
+    torch.testing.assert_close(gg_mine, gg_full.split(counts)[rank])
 
 
 def on_ranks(target, *arguments):

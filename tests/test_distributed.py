@@ -1,8 +1,10 @@
 """Minibatches across ranks: 2 gloo processes against one process with the whole batch."""
 
+import functools
+
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import assert_as_one_process, on_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -15,19 +17,8 @@ def whole_batch(b=10):
 
 
 def _values_and_derivatives(rank, counts):
-    full = whole_batch(sum(counts)).requires_grad_()
-    expected = fastgan.minibatch_discrimination(full, self_term=False)
-    parts = full.detach().split(counts)
-    mine = parts[rank].clone().requires_grad_()
-    ours = fastgan.minibatch_discrimination(mine, self_term=False, group="world")
-    torch.testing.assert_close(ours, expected.split(counts)[rank])
-    # the sum over ranks of the losses is the loss of one process
-    (g_full,) = torch.autograd.grad(expected.square().sum(), full, create_graph=True)
-    (g_mine,) = torch.autograd.grad(ours.square().sum(), mine, create_graph=True)
-    torch.testing.assert_close(g_mine, g_full.split(counts)[rank])
-    (gg_full,) = torch.autograd.grad(g_full.square().sum(), full)
-    (gg_mine,) = torch.autograd.grad(g_mine.square().sum(), mine)
-    torch.testing.assert_close(gg_mine, gg_full.split(counts)[rank])
+    discriminate = functools.partial(fastgan.minibatch_discrimination, self_term=False)
+    assert_as_one_process(rank, counts, whole_batch(sum(counts)), lambda x, group: discriminate(x, group=group))
 
 
 @pytest.mark.parametrize("counts", [(5, 5), (7, 3), (10, 0)])

@@ -1,11 +1,12 @@
 """What users of minibatch standard deviation rely on: the peers' formulas, remainders, layouts, ranks, errors, the layer."""
 
 import copy
+import functools
 import pickle
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import assert_as_one_process, on_ranks
 from samples import instruction_sets, map_tensors
 from torch import nn
 
@@ -303,19 +304,8 @@ def test_compile_with_channels_last(backend):
 
 
 def _across_ranks(rank, counts):
-    options = {"group_size": 4, "num_channels": 2}
-    full = some(sum(counts), 4, 3, 3).requires_grad_()
-    expected = minibatch_stddev(full, **options)
-    mine = full.detach().split(counts)[rank].clone().requires_grad_()
-    ours = minibatch_stddev(mine, group="world", **options)
-    torch.testing.assert_close(ours, expected.split(counts)[rank])
-    # the sum over ranks of the losses is the loss of one process
-    (g_full,) = torch.autograd.grad(expected.square().sum(), full, create_graph=True)
-    (g_mine,) = torch.autograd.grad(ours.square().sum(), mine, create_graph=True)
-    torch.testing.assert_close(g_mine, g_full.split(counts)[rank])
-    (gg_full,) = torch.autograd.grad(g_full.square().sum(), full)
-    (gg_mine,) = torch.autograd.grad(g_mine.square().sum(), mine)
-    torch.testing.assert_close(gg_mine, gg_full.split(counts)[rank])
+    stddev = functools.partial(minibatch_stddev, group_size=4, num_channels=2)
+    assert_as_one_process(rank, counts, some(sum(counts), 4, 3, 3), lambda x, group: stddev(x, group=group))
 
 
 @pytest.mark.parametrize("counts", [(4, 4), (6, 5), (8, 0)])

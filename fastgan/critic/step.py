@@ -243,16 +243,15 @@ class _Step:
             inputs = interpolate(part.real, part.fake, alpha=part.alpha, generator=generator, pac=pac)
             forwards["gp"] = self.forward(inputs, part.interpolate_args, True, shared=False)
         with torch.enable_grad():
-            total = _value(self.loss, [forwards["real"].scores, forwards["fake"].scores], part.share)
+            total = _value(self.loss, [forwards["real"].scores, forwards["fake"].scores], 1.0)
             self.adversarial = self.adversarial + total.detach()
             for name, forward in forwards.items():
                 key = PENALTY_AT[name]
                 if forms[key] is None:
                     continue
-                form = forms[key].with_weight(forms[key].weight * part.share)
                 weights = [1.0] * len(forward.scores)
                 gradient = fallback.input_gradient(forward, weights, self.scale, create_graph=True)
-                penalty, norms = penalty_value(gradient, form)
+                penalty, norms = penalty_value(gradient, forms[key])
                 total = total + penalty
                 self.penalty = self.penalty + penalty.detach()
                 self.norms.setdefault(key, []).append(norms.detach())
