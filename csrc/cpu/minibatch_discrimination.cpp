@@ -1,11 +1,10 @@
 // Minibatch discrimination on the CPU: packing, distribution over threads, and the dispatcher's side. The arithmetic is in
 // minibatch_discrimination.inl, once per instruction set.
 #include "common.h"
+#include "scratch.h"
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
-#include <new>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -67,14 +66,6 @@ struct Problem {
 
 namespace fastgan {
 namespace {
-
-struct Free {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
-template <class T> using Buffer = std::unique_ptr<T[], Free>;
-template <class T> Buffer<T> allocate(int64_t count) {
-  return Buffer<T>(static_cast<T*>(::operator new(sizeof(T) * count, std::align_val_t(64))));
-}
 
 // Adds up the stripes' totals in order and writes kernel k of the outputs.
 template <class S, Operator op> void write(const Problem& p, int64_t k, const double* totals, int64_t size, int64_t stripes) {

@@ -1,10 +1,9 @@
 // Minibatch standard deviation on the CPU: fastgan/ops/minibatch_stddev.py has the formulas. Every tensor is read once and
 // written once: what is written per position while its samples are in registers, the statistic when all positions are seen.
 #include "common.h"
+#include "scratch.h"
 
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -114,10 +113,6 @@ struct Samples {
   template <class S> S* out(int64_t sample) const { return const_cast<S*>(in<S>(sample)); }
 };
 
-struct Free {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
-};
-
 template <class S, Operator op> struct Run {
   using T = typename AccumulateIn<S>::Type;
   const Problem& p;
@@ -178,7 +173,7 @@ template <class S, Operator op> struct Run {
     const int64_t grain = 1 + 2 * kPiece / std::max<int64_t>(1, p.samples(0) * std::min(positions, kPiece));
     torch::stable::parallel_for(0, slices * pieces, grain, [&](int64_t begin, int64_t end) {
       const size_t room = 2 * p.samples(0) * 64;  // vectors of 64 bytes at most
-      const std::unique_ptr<void, Free> scratch(::operator new(room, std::align_val_t(64)));
+      const auto scratch = allocate<char>(room);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t from = i % pieces * kPiece, slice = i / pieces;
         parts[i] = piece(slice / p.slices, slice % p.slices, g[slice], from, std::min(positions, from + kPiece), scratch.get());

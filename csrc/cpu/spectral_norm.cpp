@@ -11,10 +11,10 @@
 // depend on the number of threads.
 #include "blocks.h"
 #include "common.h"
+#include "scratch.h"
 
 #include <algorithm>
 #include <memory>
-#include <new>
 #include <numeric>
 #include <string>
 #include <thread>
@@ -123,15 +123,12 @@ template <class T> void store_vector(const T* in, int64_t count, const std::vect
 
 // Memory that a thread keeps for its next call: fresh memory costs more than the arithmetic here.
 template <class T> T* scratch(int64_t count) {
-  struct Free {
-    void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
-  };
-  thread_local std::unique_ptr<char, Free> memory;
+  thread_local Scratch<char> memory;
   thread_local int64_t bytes = 0;
   const int64_t wanted = count * int64_t(sizeof(T));
   if (wanted > bytes) {
     memory.reset();
-    memory.reset(static_cast<char*>(::operator new(wanted, std::align_val_t(64))));
+    memory = allocate<char>(wanted);
     bytes = wanted;
   }
   return reinterpret_cast<T*>(memory.get());
