@@ -8,6 +8,8 @@ scalar, differentiable to any order.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +65,10 @@ def _same_shape(name, pairs):
     return pairs
 
 
+def _total(terms):
+    return reduce(add, terms)  # sum() would begin with 0 + term, one more node in the graph
+
+
 def _need_real(name, real_scores):
     if real_scores is None:
         raise ValueError(f"{name} compares fakes with reals: pass real_scores as well")
@@ -75,35 +81,35 @@ def _need_real(name, real_scores):
 
 
 def _negative_mean(scores):
-    return -sum(s.mean() for s in _tensors(scores))
+    return -_total(s.mean() for s in _tensors(scores))
 
 
 def _mean(scores):
-    return sum(s.mean() for s in _tensors(scores))
+    return _total(s.mean() for s in _tensors(scores))
 
 
 def _softplus_of_negative(scores):
-    return sum(F.softplus(-s).mean() for s in _tensors(scores))
+    return _total(F.softplus(-s).mean() for s in _tensors(scores))
 
 
 def _softplus(scores):
-    return sum(F.softplus(s).mean() for s in _tensors(scores))
+    return _total(F.softplus(s).mean() for s in _tensors(scores))
 
 
 def _half_square_to_one(scores):
-    return 0.5 * sum((s - 1).square().mean() for s in _tensors(scores))
+    return 0.5 * _total((s - 1).square().mean() for s in _tensors(scores))
 
 
 def _half_square(scores):
-    return 0.5 * sum(s.square().mean() for s in _tensors(scores))
+    return 0.5 * _total(s.square().mean() for s in _tensors(scores))
 
 
 def _hinge_real(scores):
-    return sum(F.relu(1 - s).mean() for s in _tensors(scores))
+    return _total(F.relu(1 - s).mean() for s in _tensors(scores))
 
 
 def _hinge_fake(scores):
-    return sum(F.relu(1 + s).mean() for s in _tensors(scores))
+    return _total(F.relu(1 + s).mean() for s in _tensors(scores))
 
 
 # --- the critic's side -----------------------------------------------------------------------------------------------
@@ -164,7 +170,7 @@ def relativistic(real_scores, fake_scores):
 
     Raises ValueError unless both have one shape.
     """
-    return sum(F.softplus(f - r).mean() for r, f in _same_shape("relativistic", _paired(real_scores, fake_scores)))
+    return _total(F.softplus(f - r).mean() for r, f in _same_shape("relativistic", _paired(real_scores, fake_scores)))
 
 
 def relativistic_generator(fake_scores, real_scores=None):
@@ -177,7 +183,9 @@ def relativistic_average(real_scores, fake_scores):
 
     Jolicoeur-Martineau, "The relativistic discriminator", 2018 (RaGAN).
     """
-    return sum(F.softplus(f.mean() - r).mean() + F.softplus(f - r.mean()).mean() for r, f in _paired(real_scores, fake_scores))
+    return _total(
+        F.softplus(f.mean() - r).mean() + F.softplus(f - r.mean()).mean() for r, f in _paired(real_scores, fake_scores)
+    )
 
 
 def relativistic_average_generator(fake_scores, real_scores=None):

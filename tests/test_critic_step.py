@@ -867,6 +867,32 @@ def test_tangents_combined_by_the_operator(monkeypatch, activation, case):
     assert bool(ran) == (getattr(activation, "negative_slope", 0) >= 0)
 
 
+@pytest.mark.parametrize(
+    "case, hidden, method",
+    [(GP, 16, "double_backward"), ({"r1": 1.0}, 16, "double_backward"), (R12, 16, "fused"), (GP, 2048, "fused")],
+    ids=["gp", "r1", "r1+r2", "large"],
+)
+def test_slight_perceptrons_take_what_is_faster(case, hidden, method):
+    """One penalty on a few thousand multiply-adds: in a training loop the textbook's one graph, whose gradients are the same."""
+
+    def make():
+        return nn.Sequential(
+            nn.Linear(64, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, 64), nn.LeakyReLU(0.2), nn.Linear(64, 1)
+        )
+
+    ours, eager = reference.twins(make)
+    real, fake = torch.randn(2, 64, 64, dtype=torch.float64)
+    for step in range(20):
+        for twin in (ours, eager):
+            twin.zero_grad()
+        result = fastgan.critic_step(ours, real, fake, alpha=0.25, **case)
+        result.loss.backward()
+        textbook(eager, real, fake, alpha=0.25, **case)[0].backward()
+        assert result.method == ("fused" if step < engine.SLIGHT_SURE else method)
+        assert ("multiply-adds" in result.why) == (result.method == "double_backward")
+        assert reference.error(reference.grads(ours), reference.grads(eager)) <= 1e-12
+
+
 @pytest.mark.parametrize("case", [R12, GP, {"r1": 1.0, "loss": "least_squares"}], ids=["r1+r2", "gp", "r1"])
 def test_refused_steps_become_the_textbooks_one_graph(monkeypatch, case):
     """A small critic that shares nothing, step after step, has one graph, as eager has; looked into again in time."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .rules import VALUE_DEPENDENT, has_kink, rule_for
+from .rules import VALUE_DEPENDENT, MatMul, has_kink, rule_for
 
 ACCUMULATE = "torch::autograd::AccumulateGrad"
 
@@ -130,6 +130,7 @@ class Plan:
     x_position: int = -1
     entry: Instruction | None = None  # a convolution that alone reads the input, and whose few channels have a faster gradient
     value_dependent: bool = False  # holds an operation that could mix samples depending on values
+    multiply_adds: float = math.inf  # of one forward, where parameters enter in matrix products only
     kinks: tuple = ()  # nodes whose derivative jumps
     opaque: tuple = ()  # nodes that are not ATen operations
     coupled: str | None = None  # why scores of different samples are not independent
@@ -196,6 +197,8 @@ def analyse(graph, outputs, x_node):
             plan.taps.append(ins)
         plan.instructions.append(ins)
     plan.kinks, plan.opaque = tuple(dict.fromkeys(kinks)), tuple(dict.fromkeys(opaque))
+    if plan.refusal is None and all(isinstance(tap.rule, MatMul) for tap in plan.taps):
+        plan.multiply_adds = sum(tap.rule.multiply_adds(graph.nodes[tap.position], tap) for tap in plan.taps)
     by_position = {ins.position: ins for ins in plan.instructions}
     for ins in plan.instructions:
         source = ins.sources[0]

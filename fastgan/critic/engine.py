@@ -28,8 +28,16 @@ FUSED, DOUBLE = "fused", "double_backward"
 _PLANS = weakref.WeakKeyDictionary()  # critic -> {signature: Plan}
 _PLANS_PER_CRITIC = 64
 _REPEATED = weakref.WeakKeyDictionary()  # critic -> could "auto" not do without repeating its forwards, the last time?
-_REFUSED = weakref.WeakKeyDictionary()  # critic -> {situation: [why each penalty takes double backward, steps that did]}
+# critic -> {situation: [why each penalty is to take double backward, steps since that is believed; below 0: not yet]}
+_REFUSED = weakref.WeakKeyDictionary()
 _SURE, _BELIEVED = 3, 64  # steps until that is believed, and after which it is looked into again: a critic may change
+
+
+# One penalty on a multilayer perceptron with fewer multiply-adds: what the shared pass saves in arithmetic (a sixth to a fifth)
+# is less than what it costs in Python. Measured on CPU at 64 to 512 features and rows, where both meet at 18 to 24 million.
+SLIGHT = 1 << 24
+SLIGHT_SURE = 16  # steps of a kind that make it a training loop
+SLIGHT_WHY = "so few multiply-adds that the shared pass would not pay; compile=True is faster than either"
 
 
 @dataclass
@@ -87,25 +95,28 @@ def _remember(critic, repeated):
         _REPEATED[anchor] = repeated
 
 
-def remember_refusals(critic, situation, whys):
-    """A step took double backward for all its penalties, for reasons in the critic's graph; None: it didn't."""
+def remember_refusals(critic, situation, whys, sure=None):
+    """A step took double backward for all its penalties, for reasons in the critic's graph, or might as well have; None: not so.
+    ``sure``: after how many such steps that is believed."""
     anchor = owner(critic)
     if anchor is not None:
         known = _REFUSED.setdefault(anchor, {})
-        _, steps = known.pop(situation, (None, 0))
+        _, steps = known.pop(situation, (None, -(_SURE if sure is None else sure)))
         if whys is not None:
             known[situation] = [whys, steps + 1]
+            if len(known) > _PLANS_PER_CRITIC:
+                del known[next(iter(known))]
 
 
 def refusals(critic, situation):
     """The reasons, where there is no use in looking for others; None where there may be."""
     anchor = owner(critic)
     known = None if anchor is None else _REFUSED.get(anchor, {}).get(situation)
-    if known is None or known[1] < _SURE:
+    if known is None or known[1] < 0:
         return None
     known[1] += 1
-    if known[1] > _SURE + _BELIEVED:
-        known[1] = _SURE - 1
+    if known[1] > _BELIEVED:
+        known[1] = -1
         return None
     return known[0]
 
@@ -261,7 +272,7 @@ def double_backward(forward, cotangents, form, weights, scale=1.0, why="asked fo
     total = penalty
     if cotangents is not None:
         total = total + fallback.adversarial_term(forward.scores, cotangents)
-    gradients = fallback.gradients_of(total, leaves, scale)
+    gradients = fallback.gradients_of([total], leaves, scale)
     return Gradients(penalty.detach(), norms.detach(), gradients, leaves, DOUBLE, why)
 
 
@@ -280,7 +291,7 @@ def directional(forward, cotangents, form, weights, method, scale=1.0, force=Fal
             fallback.refuse_wrong_slope(slope.detach(), inner.sum())
     leaves = forward.leaves() | leaves_of(Graph([slope]).nodes)
     try:
-        gradients = fallback.gradients_of(slope, leaves, scale)
+        gradients = fallback.gradients_of([slope], leaves, scale)
     except CheckpointError as error:
         raise RuntimeError(
             f'method="{method}" cannot cross activation checkpointing, whose recomputation has no tangents: '
@@ -296,7 +307,10 @@ def plain(forward, cotangents, scale=1.0):
     if cotangents is None:
         return Gradients(None, None, {}, {}, "backward", "no loss")
     leaves = forward.leaves()
-    gradients = fallback.gradients_of(fallback.adversarial_term(forward.scores, cotangents), leaves, scale)
+    scores = [
+        (s, c * scale if scale != 1.0 else c) for s, c in zip(forward.scores, cotangents, strict=False) if s.requires_grad
+    ]
+    gradients = fallback.gradients_of([s for s, _ in scores], leaves, scale, [c.to(s.dtype) for s, c in scores])
     return Gradients(None, None, gradients, leaves, "backward", "no penalty on this batch")
 
 

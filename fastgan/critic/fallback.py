@@ -7,6 +7,9 @@ has forward-mode but no second-order reverse derivatives.
 ``finite_difference``: the same derivative as a central difference. Needs first-order backward only; wrong on kinks.
 """
 
+from functools import reduce
+from operator import add
+
 import torch
 import torch.autograd.forward_ad as forward_ad
 
@@ -19,22 +22,26 @@ from .reduction import penalty_value
 
 def weighted_sum(scores, weights):
     """sum_k weights[k] * scores[k].sum(), in at least float32."""
-    return sum((s.float() if s.dtype in HALF else s).sum() * w for s, w in zip(scores, weights, strict=False))
+    sums = ((s.float() if s.dtype in HALF else s).sum() for s in scores)
+    return reduce(add, (s if w == 1.0 else s * w for s, w in zip(sums, weights, strict=False)))
+
+
+def seed_like(score, value):
+    """A cotangent of this value everywhere; beyond the dtype's range it is inf, which a GradScaler looks for, not an error."""
+    return torch.full_like(score, value, dtype=accumulate_dtype(score.dtype)).to(score.dtype)
 
 
 def input_gradient(forward, weights, scale=1.0, create_graph=False):
     """Gradient of the weighted sum of scores with respect to the input; float32 if scaled."""
-    total = weighted_sum(forward.scores, weights)
-    if not total.requires_grad:
-        raise RuntimeError("the critic's scores do not depend on its input: there is no gradient to penalise")
-    # allow_unused: a clearer error than autograd's
-    (g,) = torch.autograd.grad(
-        total * scale if scale != 1.0 else total,
-        forward.x,
-        create_graph=create_graph,
-        retain_graph=True,
-        allow_unused=True,
-    )
+    scores, seeds = [], []
+    for s, w in zip(forward.scores, weights, strict=False):
+        if s.requires_grad:
+            scores.append(s)
+            seeds.append(seed_like(s, w * scale))
+    g = None
+    if scores:
+        # allow_unused: a clearer error than autograd's
+        (g,) = torch.autograd.grad(scores, forward.x, seeds, create_graph=create_graph, retain_graph=True, allow_unused=True)
     if g is None:
         raise RuntimeError("the critic's scores do not depend on its input: there is no gradient to penalise")
     return g.to(accumulate_dtype(g.dtype)) / scale if scale != 1.0 else g
@@ -65,12 +72,14 @@ def refuse_first_order_only(forward):
         )
 
 
-def gradients_of(value, leaves, scale=1.0):
-    """{id(leaf): gradient} of a scalar by ordinary backward."""
-    if not leaves or not value.requires_grad:
+def gradients_of(outputs, leaves, scale=1.0, seeds=None):
+    """{id(leaf): gradient} by ordinary backward of scalars, or of outputs with these cotangents, which hold the scale already."""
+    if not leaves or not any(o.requires_grad for o in outputs):
         return {}
     wanted = list(leaves.values())
-    grads = torch.autograd.grad(value * scale if scale != 1.0 else value, wanted, allow_unused=True)
+    if seeds is None and scale != 1.0:
+        outputs = [o * scale for o in outputs]
+    grads = torch.autograd.grad(outputs, wanted, seeds, allow_unused=True)
     return {
         id(leaf): (g if scale == 1.0 else g.to(torch.float32 if g.dtype in HALF else g.dtype) / scale)
         for leaf, g in zip(wanted, grads, strict=False)

@@ -15,6 +15,7 @@ from fastgan._dtypes import HALF, accumulate_dtype
 from fastgan.ops import tangent_combine
 
 from .analyse import Refused
+from .fallback import seed_like
 from .probe import find_layouts, spread
 
 # The tangent pass ends in the change of the scores along w, which must be <g_i, w_i>. Rounding of a deep critic stays
@@ -22,7 +23,7 @@ from .probe import find_layouts, spread
 CHECK_TOLERANCE = {torch.float64: 1e-7, torch.float32: 2e-3, torch.bfloat16: 0.2, torch.float16: 0.1}
 
 
-WORTH_FREEING = 1 << 14  # elements
+WORTH_FREEING = 1 << 16  # elements; less is freed as fast as it is found
 # Devices where one kernel makes an activation's tangent and the weight gradient's operand: 16 bytes an element in one launch,
 # not 24 in two, at one activation's memory more. On CPUs, where both are made in place, that was measured to gain nothing.
 COMBINE_ON = ("cuda",)
@@ -63,8 +64,7 @@ class SharedPass:
         for score, weight in zip(self.forward.scores, self.weights, strict=False):
             if score.grad_fn is None or self.graph.index.get(score.grad_fn) is None:
                 continue
-            # a scale beyond a dtype's range becomes inf, which a GradScaler looks for, not an error
-            seed = torch.full_like(score, weight * self.down, dtype=accumulate_dtype(score.dtype)).to(score.dtype)
+            seed = seed_like(score, weight * self.down)
             if factors is not None:
                 seed = seed * factors.view([-1] + [1] * (score.dim() - 1)).to(score.dtype)
             outputs.append(score)
@@ -311,20 +311,28 @@ def share_saved(graph, plan):
     """Give memory back which the forward keeps without need, right after it ran.
 
     LeakyReLU saves its input, of which only the sign counts; its output has the same and is saved anyway by the
-    convolution or product that reads it. Pooling saves its input, of which only the shape counts. Positions are found
-    once per plan.
+    convolution or product that reads it. Pooling saves its input, of which only the shape counts. Positions of what is
+    worth it are found once per plan.
     """
     if plan.aliases is None:
         readers = {}
+
+        def large(ins, name):
+            return _saved_size(graph.nodes[ins.position], name) >= WORTH_FREEING
+
         for ins in plan.instructions:
             if ins.op in ("Convolution", "Addmm", "Mm") and ins.rule.has_product(ins) and len(ins.x_slots) == 1:
                 readers.setdefault(ins.sources[0], ins)
         plan.aliases = [
             (ins.position, ins.rule.masked_by_output, readers[(ins.position, 0)])
             for ins in plan.instructions
-            if ins.rule.masked_by_output and (ins.position, 0) in readers
+            if ins.rule.masked_by_output and (ins.position, 0) in readers and large(ins, ins.rule.masked_by_output)
         ]
-        plan.shapes = [(ins.position, ins.rule.needs_shape_of) for ins in plan.instructions if ins.rule.needs_shape_of]
+        plan.shapes = [
+            (ins.position, ins.rule.needs_shape_of)
+            for ins in plan.instructions
+            if ins.rule.needs_shape_of and large(ins, ins.rule.needs_shape_of)
+        ]
     for position, name, reader in plan.aliases:
         node = graph.nodes[position]
         raw = getattr(node, "_raw_saved_" + name, None)
@@ -334,7 +342,7 @@ def share_saved(graph, plan):
     for position, name in plan.shapes:
         node = graph.nodes[position]
         saved = getattr(node, "_saved_" + name)
-        if saved.numel() >= WORTH_FREEING and saved.is_contiguous():
+        if saved.is_contiguous():
             _replace(getattr(node, "_raw_saved_" + name), saved.new_zeros(()).expand(saved.shape))
 
 
@@ -367,14 +375,16 @@ def check_tangents(tangents, weights, expected, per_sample, scale=1.0):
     ``scale``: what the tangents were multiplied by. Changes below a dtype's normal numbers are not judged, nor are infinite
     ones and NaN: the gradients show those, as eager's do, and a GradScaler waits for them.
     """
-    total, tolerance, floor = 0, 0.0, 0.0
+    total, tolerance, floor = None, 0.0, 0.0
     for t, weight in zip(tangents, weights, strict=False):
         if t is None:
             continue
         tolerance = max(tolerance, CHECK_TOLERANCE.get(t.dtype, 2e-3))
         floor = max(floor, torch.finfo(t.dtype).tiny * t.numel() * abs(weight) / scale)
         t = t.to(expected.dtype)
-        total = total + weight / scale * (t.reshape(t.shape[0], -1).sum(1) if per_sample else t.sum())
+        t = t.reshape(t.shape[0], -1).sum(1) if per_sample else t.sum()
+        t = t if weight == scale else t * (weight / scale)
+        total = t if total is None else total + t
     expected = expected if per_sample else expected.sum()
     off = (total - expected).norm()
     judged = off.isfinite()

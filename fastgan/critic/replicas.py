@@ -8,8 +8,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 def refuse_sharded(critic):
     """Raise ValueError for a critic whose parameters exist only while its own forward and backward run (FSDP)."""
-    if not torch.distributed.is_available() or not isinstance(critic, torch.nn.Module):
-        return
+    if (
+        not torch.distributed.is_available()
+        or not torch.distributed.is_initialized()
+        or not isinstance(critic, torch.nn.Module)
+    ):
+        return  # sharding needs a process group
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
     if any(isinstance(m, (FSDPModule, FullyShardedDataParallel)) for m in critic.modules()):

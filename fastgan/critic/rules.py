@@ -393,6 +393,10 @@ class MatMul(Product):
     def mixes_rows(self, x_slots):
         return self.operands[1] in x_slots
 
+    def multiply_adds(self, node, ins):
+        rows, columns = node._input_metadata[0].shape[-2:]
+        return self.other(node, ins).numel() * (rows if self.operand_slot(ins) == self.operands[0] else columns)
+
     def _alpha(self, node):
         return getattr(node, "_saved_alpha", 1)
 

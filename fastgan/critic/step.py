@@ -187,8 +187,8 @@ class _Step:
         self.norms = {}
         self.used = {}
         self.live = None  # the loss, where its graph waits for backward
-        # Did all penalties so far take double backward for good, and the largest activation of theirs
-        self.refused, self.largest = True, 0
+        # Did all penalties so far take double backward for good, and the largest activation of theirs; would it be as well
+        self.refused, self.largest, self.slight = True, 0, True
 
     def forward(self, inputs, args, penalised, shared=True):
         """``shared``: may the shared pass come to work on it?"""
@@ -216,9 +216,12 @@ class _Step:
             forward = self.forward(inputs, part.interpolate_args, True)
             self._penalised("gp", forward, None, forms["gp"], part.share)
         if joint is not True and self.used:
-            refused = self.refused and self.largest <= joining.LARGEST  # beyond, memory counts for more than time
-            whys = {key: why for key, (_, why) in self.used.items()} if refused else None
-            engine.remember_refusals(self.critic, self._situation(part, forms), whys)
+            whys = sure = None
+            if self.refused and self.largest <= joining.LARGEST:  # beyond, memory counts for more than time
+                whys = {key: why for key, (_, why) in self.used.items()}
+            elif self.slight and self.method == "auto" and sum(form is not None for form in forms.values()) == 1:
+                whys, sure = dict.fromkeys(self.used, engine.SLIGHT_WHY), engine.SLIGHT_SURE
+            engine.remember_refusals(self.critic, self._situation(part, forms), whys, sure)
 
     def _situation(self, part, forms):
         used = tuple(name for name, form in forms.items() if form is not None)
@@ -339,6 +342,7 @@ class _Step:
             self.largest = max(self.largest, forward.graph.largest())
         else:
             self.refused = False
+            self.slight &= found.method == engine.FUSED and forward.prepared[1].multiply_adds < engine.SLIGHT
         self._add(found)
         return found.norms
 
