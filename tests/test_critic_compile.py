@@ -8,8 +8,10 @@ import pytest
 import reference
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from flops import FlopCounter, flops
 from test_critic_step import GP, R1, R12, batch, build, textbook
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 
 import fastgan
@@ -319,3 +321,47 @@ def test_refusals_inside_torch_compile(options):
     )
     with pytest.raises(Exception, match=r"outside torch\.compile"):
         function(*batch())
+
+
+def test_flash_attention_runs_eagerly_by_forward_mode():
+    """It cannot be differentiated twice, and a capture cannot be repeated: nothing may have moved when that is found out."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.out, self.norm = nn.Linear(4, 24), nn.Linear(8, 1), nn.BatchNorm1d(6)
+            self.dropout = nn.Dropout(0.3)
+
+        def forward(self, x):
+            q, k, v = self.first(self.dropout(self.norm(x.unflatten(1, (6, 4))))).unsqueeze(1).chunk(3, -1)
+            return self.out(F.scaled_dot_product_attention(q, k, v).mean((1, 2)))
+
+    ours, eager = build(Attention)
+    real, fake = torch.randn(2, 8, 24, dtype=torch.float64)
+    for k in range(3):
+        ours.zero_grad()
+        eager.zero_grad()
+        torch.manual_seed(k)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            step = fastgan.critic_step(ours, real, fake, compile="eager", **R12)
+        step.loss.backward()
+        state = torch.get_rng_state()
+        torch.manual_seed(k)
+        with sdpa_kernel(SDPBackend.MATH):
+            textbook(eager, real, fake, **R12)[0].backward()
+        assert step.method == "jvp" and "run eagerly" in step.why and "differentiated twice" in step.why
+        assert torch.equal(state, torch.get_rng_state())
+        assert reference.error(reference.grads(ours), reference.grads(eager)) <= 1e-10
+        for a, b in zip(ours.buffers(), eager.buffers(), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_first_step_without_finite_numbers_decides_nothing():
+    torch.manual_seed(3)
+    critic, _ = build(lambda: critics.DCGAN(4, 16))
+    real, fake = torch.randn(2, 4, 3, 16, 16, dtype=torch.float64)
+    step = lambda r: fastgan.critic_step(critic, r, fake, compile="eager", **R12)  # noqa: E731
+    assert not bool(step(torch.full_like(real, torch.nan)).loss.isfinite())
+    assert "first step" in step(real).why
+    compiled_step = step(real)
+    assert compiled_step.method == "fused" and "run eagerly" not in compiled_step.why

@@ -873,7 +873,7 @@ def test_tangents_combined_by_the_operator(monkeypatch, activation, case):
     ids=["gp", "r1", "r1+r2", "large"],
 )
 def test_slight_perceptrons_take_what_is_faster(case, hidden, method):
-    """One penalty on a few thousand multiply-adds: in a training loop the textbook's one graph, whose gradients are the same."""
+    """One penalty on a few thousand multiply-adds: in a training loop the textbook's one graph, with the same gradients."""
 
     def make():
         return nn.Sequential(

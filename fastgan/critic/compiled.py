@@ -18,8 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastgan._dtypes import HALF
 
-from . import engine
-from .forward import Forward, owner
+from . import engine, fallback
+from .forward import Forward, Snapshot, owner
 from .inputs import interpolate
 from .outputs import like_output, score_list
 
@@ -76,7 +76,8 @@ def _scores_and_loss(critic, loss, score_fn, inputs, args, between):
 
 
 def differentiate(critic, task, value, scores, traced=False):
-    """The :class:`Outcome` from attached scores: the one routine that runs eagerly and is traced."""
+    """The :class:`Outcome` from attached scores: the one routine that runs eagerly and is traced. Raises NotCompiled where that
+    takes repeating a forward, which a capture cannot."""
     cotangents, constant = _cotangents(value, scores, task)
     forwards, careful = {}, {}
     for name, form in task.forms.items():
@@ -84,6 +85,8 @@ def differentiate(critic, task, value, scores, traced=False):
         if form is not None and task.methods[name] in ("auto", "fused"):
             _, plan = engine.prepare(forward)
             careful[name] = plan.value_dependent
+            if task.methods[name] == "auto" and plan.refusal is not None and (fused := fallback.first_order_only(forward)):
+                raise NotCompiled(f"{fused} cannot be differentiated twice")
     total, penalty, norms, used = None, None, {}, {}
     for name, form in task.forms.items():
         forward = forwards.pop(name)
@@ -162,13 +165,16 @@ class CompiledStep:
         if key in self.problems:
             raise NotCompiled(self.problems[key])
         with self.lock, torch.enable_grad():
-            self.task, self.capture_in_use, self.outcome = task, None, None
+            self.critic, self.task, self.capture_in_use, self.before, self.outcome = critic, task, None, None, None
             try:
                 value, scores = self.captured(critic, loss, score_fn, task.inputs, task.args, task.between)
                 if self.outcome is not None:
                     return self.outcome
                 return self.capture_in_use.eagerly(task, value, scores)
-            except NotCompiled:
+            except NotCompiled as why:
+                if self.before is not None:
+                    self.before.restore()
+                    self.problems[key] = str(why)
                 raise
             except Exception as error:
                 if self.capture_in_use is not None:
@@ -178,7 +184,7 @@ class CompiledStep:
                 self.problems[key] = _reason(error)
                 raise NotCompiled(self.problems[key]) from error
             finally:
-                self.task = self.capture_in_use = self.outcome = None
+                self.critic = self.task = self.capture_in_use = self.before = self.outcome = None
 
     def capture(self, module, example_inputs):
         """Dynamo's backend."""
@@ -209,6 +215,8 @@ class Capture:
         if key in self.programs:
             step.outcome, outputs = self.programs[key](step.task, args)
             return outputs
+        if key not in self.used and key not in self.problems:
+            step.before = Snapshot(step.critic, args[0].device)  # this run may show that it can't serve
         self.outputs = self.module(*args)
         return self.outputs
 
@@ -219,7 +227,8 @@ class Capture:
         outcome, key = differentiate(self.module, task, value, scores), task.key()
         if not all(id(t) in by_id for t in labelled.values()):
             self.problems[key] = "scores or loss do not depend on the inputs"
-        elif key not in self.problems:
+        elif key not in self.problems and bool((outcome.adversarial + (outcome.penalty or 0.0)).isfinite()):
+            # infinite scores or gradients prove nothing, neither for nor against a method: the next step is the first one then
             self.places = {label: by_id[id(t)] for label, t in labelled.items()}
             self.used[key] = outcome.used
         outcome.note = f"; run eagerly: {self.problems.get(key, 'the first step of its kind')}"

@@ -96,7 +96,7 @@ def _remember(critic, repeated):
 
 
 def remember_refusals(critic, situation, whys, sure=None):
-    """A step took double backward for all its penalties, for reasons in the critic's graph, or might as well have; None: not so.
+    """A step took double backward for all its penalties, for reasons in the critic's graph, or might as well have; None: no.
     ``sure``: after how many such steps that is believed."""
     anchor = owner(critic)
     if anchor is not None:

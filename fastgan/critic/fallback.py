@@ -73,7 +73,7 @@ def refuse_first_order_only(forward):
 
 
 def gradients_of(outputs, leaves, scale=1.0, seeds=None):
-    """{id(leaf): gradient} by ordinary backward of scalars, or of outputs with these cotangents, which hold the scale already."""
+    """{id(leaf): gradient} by ordinary backward of scalars, or of outputs with these cotangents, scaled already."""
     if not leaves or not any(o.requires_grad for o in outputs):
         return {}
     wanted = list(leaves.values())
