@@ -203,6 +203,8 @@ def _rank(rank, row, results):
         if row == "FSDP2":
             fully_shard(critic)
             wrapped = critic
+            with pytest.raises(ValueError, match="sharded by FSDP"):  # penalties alone say so too
+                fastgan.r1_penalty(critic, real[rows], method=method)
         else:
             wrapped = nn.parallel.DistributedDataParallel(critic)
         try:
