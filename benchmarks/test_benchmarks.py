@@ -2,12 +2,20 @@
 
 import pytest
 
-from benchmarks import critic_step, gradient_penalty, minibatch_discrimination, minibatch_stddev, spectral_norm
+from benchmarks import (
+    critic_step,
+    gradient_penalty,
+    minibatch_discrimination,
+    minibatch_stddev,
+    nearest_distances,
+    spectral_norm,
+)
 from benchmarks.case import OURS, run
 
 CASES = [
     *minibatch_discrimination.CASES,
     *minibatch_stddev.CASES,
+    *nearest_distances.CASES,
     *critic_step.CASES,
     *gradient_penalty.CASES,
     *spectral_norm.CASES,

@@ -9,6 +9,9 @@ from fastgan._dtypes import FLOATS, accumulate_dtype
 from fastgan.critic import critic_step as critic_step
 from fastgan.critic import explain as explain
 from fastgan.distributed import gather_batch, rows_of_this_rank
+from fastgan.features import feature_matching as feature_matching
+from fastgan.features import pulling_away as pulling_away
+from fastgan.neighbours import nearest_distances as nearest_distances
 from fastgan.ops import minibatch_discrimination as _minibatch_discrimination
 from fastgan.ops import minibatch_stddev as _minibatch_stddev
 from fastgan.ops import spectral_norm as _spectral_norm

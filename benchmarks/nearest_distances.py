@@ -1,0 +1,46 @@
+"""The k nearest of M points for each of N, as precision, recall, density and coverage want them, against what users write."""
+
+import importlib.util
+
+import torch
+
+import fastgan
+from benchmarks.case import OURS, Case
+
+K = 3
+
+
+def _whole(x, y):
+    return torch.cdist(x, y).topk(K, dim=1, largest=False).values
+
+
+def _in_blocks(x, y):
+    """What bounds its memory, as evaluation scripts do, in blocks that stay in the cache."""
+    return torch.cat([_whole(part, y) for part in x.split(256)])
+
+
+def _keops(x, y):
+    from pykeops.torch import LazyTensor
+
+    return ((LazyTensor(x[:, None]) - LazyTensor(y[None])) ** 2).sum(-1).Kmin(K, dim=1).sqrt()
+
+
+def _case(n: int, d: int) -> Case:
+    def start(dtype=torch.float32):
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(n, d, generator=generator).to(dtype), torch.randn(n, d, generator=generator).to(dtype)
+
+    def candidates():
+        x, y = start()
+        functions = {OURS: lambda x, y: fastgan.nearest_distances(x, y, k=K), "cdist": _whole, "cdist in blocks": _in_blocks}
+        if d <= 64 and importlib.util.find_spec("pykeops"):  # it takes many minutes to compile for more coordinates
+            functions["keops"] = _keops
+        return {name: lambda function=function: (function(x, y),) for name, function in functions.items()}
+
+    # the work is a matrix product
+    return Case(
+        "nearest_distances", f"{n}x{d}", "forward", candidates, lambda: (_whole(*start(torch.float64)),), {"best": 0.95}
+    )
+
+
+CASES = [_case(4096, 64), _case(4096, 512), _case(4096, 2048)]
