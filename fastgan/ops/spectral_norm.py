@@ -386,10 +386,8 @@ def _for_compiler(weight, u, v, dim, n_power_iterations, eps, v_first, target, a
 
 def normalise_one(weight: Tensor, u: Tensor, v: Tensor, dim: int, *iteration) -> tuple[Tensor, Tensor, Tensor]:
     """(normalised, u, v): ``forward`` without sigma."""
-    if torch.compiler.is_compiling():
-        return _for_compiler(weight, u, v, dim, *iteration)
     if not _plain_eager():
-        return forward(weight, u, v, dim, *iteration)[:3]
+        return (_for_compiler if torch.compiler.is_compiling() else forward)(weight, u, v, dim, *iteration)[:3]
     with torch._C._AutoDispatchBelowAutograd():
         computed = forward(weight, u, v, dim, *iteration)
     if weight.requires_grad and torch.is_grad_enabled():
