@@ -184,10 +184,9 @@ def _step_case(name: str, compiled: bool = False) -> Case:
         torch.manual_seed(0)
         return make(norm), torch.randn(2, 16, 3, size, size)
 
-    def step(critic, batches, compiled=compiled):
+    def step(critic, batches, compiler=compiled):
         parameters = list(critic.parameters())
-
-        forward = torch.compile(critic, dynamic=False, fullgraph=True) if compiled else critic
+        forward = torch.compile(critic, dynamic=False, fullgraph=True) if compiler else critic
         together = batches.flatten(0, 1)
 
         def run():
@@ -195,7 +194,7 @@ def _step_case(name: str, compiled: bool = False) -> Case:
             loss = losses.get("hinge")(*scores)
             return (torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]),)
 
-        return _traced(critic, run) if compiled else run
+        return _traced(critic, run) if compiler else run
 
     def candidates():
         ours, batches = start(fastgan.spectral_norm)
@@ -209,10 +208,12 @@ def _step_case(name: str, compiled: bool = False) -> Case:
 
     def truth():
         critic, batches = start(torch_spectral_norm)
-        return step(critic.double(), batches.double(), False)()
+        return step(critic.double(), batches.double(), compiler=False)()
 
-    mode = "training step" + ", compiled" * compiled
-    return Case("spectral_norm", name, mode, candidates, truth, {"compile": 1.0} if compiled else {}, tolerance=1e-3)
+    if not compiled:
+        return Case("spectral_norm", name, "training step", candidates, truth, tolerance=1e-3)
+    # Compiled, DCGAN's gradient is 9.6e-4 off in either form, eager 1.4e-6.
+    return Case("spectral_norm", name, "training step, compiled", candidates, truth, {"compile": 1.0}, tolerance=3e-3)
 
 
 CASES = [
