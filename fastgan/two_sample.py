@@ -132,7 +132,7 @@ def pairwise_kernel_sum(
 
 
 def median_bandwidth(x: Tensor, y: Tensor, *, p: float = 2) -> Tensor:
-    r"""The median heuristic: the median of the distances :math:`\lVert z_i - z_j \rVert_p`, i < j, of all points of both samples.
+    r"""The median heuristic: the median of the distances :math:`\lVert z_i - z_j \rVert_p`, i < j, in the pooled sample.
 
     Where a sample has more than 512 points, every k-th of them counts, with the k that leaves at most 512: a bounded amount of
     work without random numbers, on samples in no particular order.
