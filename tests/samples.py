@@ -314,8 +314,9 @@ _kernel_sum_common = {
     ),
     "interpreted": (
         (1, 1, 1, 0, 0),
+        (35, 35, 18, 4, 1),
         *((33, 37, 5, form, 0) for form in _KERNEL_SUM_FORMS),
-        *((35, 35, 18, form, 1) for form in (0, 4)),
+        (35, 35, 18, 0, 1),
         (5, 70, 40, 0, 0),
         (0, 4, 3, 0, 0),
         (4, 0, 3, 1, 0),
