@@ -315,7 +315,7 @@ _kernel_sum_common = {
     "interpreted": (
         (1, 1, 1, 0, 0),
         (35, 35, 18, 4, 1),
-        *((33, 37, 5, form, 0) for form in _KERNEL_SUM_FORMS),
+        *((33, 38, 5, form, 0) for form in _KERNEL_SUM_FORMS),
         (35, 35, 18, 0, 1),
         (5, 70, 40, 0, 0),
         (0, 4, 3, 0, 0),
@@ -331,6 +331,9 @@ _kernel_sum_common = {
 OPERATORS |= {
     "pairwise_kernel_sum": Operator(_kernel_sum, constants=(2, 3), bad=(0, (4, 1)), **_kernel_sum_common),
     "pairwise_kernel_sum_backward": Operator(_kernel_sum_backward, differentiable=False, bad=(2, (4, 1)), **_kernel_sum_common),
+    "pairwise_kernel_sum_backward_both": Operator(
+        lambda *a: (_kernel_sum_backward(*a)[0], *_kernel_sum(*a)), differentiable=False, bad=(2, (4, 1)), **_kernel_sum_common
+    ),
 }
 
 

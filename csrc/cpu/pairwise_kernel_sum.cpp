@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -18,8 +19,11 @@ enum class Kernel { laplacian, gaussian, rational_quadratic, energy, polynomial 
 constexpr int p_of(Kernel kernel) { return kernel == Kernel::laplacian ? 1 : kernel == Kernel::polynomial ? 0 : 2; }
 
 constexpr int kTileRows = 4;
-// Points x of one task, and points y whose slopes are kept: these and a few coordinates of either fit the first-level cache.
-constexpr int64_t kBlockRows = 32, kColumns = 128;
+// Points x of one task, at most, and points y whose slopes are kept: these and a few coordinates of either fit the first-level
+// cache.
+constexpr int64_t kBlockRows = 64, kColumns = 64;
+
+enum class Sweep { forward, backward, both };
 
 // sum_b factors_b f(scales_b q), whose f has the exponent and the offset.
 template <class T> struct Mixture {
@@ -39,8 +43,8 @@ struct FixedPoint {
 template <class T> struct Job {
   int64_t N, M, D, ld;
   bool exclude_diagonal;
-  const T *x, *y;       // (N, ld) and (M, ld), zeros from D on; N rounded up to whole tiles
-  const T* panels;      // y as pack_panels has it
+  const T *x, *y;         // (N, ld) and (M, ld), zeros from D on; N and M rounded up to whole tiles
+  const T* panels;        // y as pack_panels has it
   const T *row, *column;  // cotangents
   Mixture<T> mixture;
   FixedPoint fixed;
@@ -79,10 +83,11 @@ template <class S, class T> Scratch<T> pack_rows(const Tensor& x, int64_t ld, in
   return packed;
 }
 
-template <class S, class T> Scratch<T> pack_vector(const Tensor& x, int64_t room) {
+// x (count,) in T, then zeros; zeros alone where there is no x.
+template <class S, class T> Scratch<T> pack_vector(const Tensor* x, int64_t room) {
   auto packed = allocate<T>(std::max<int64_t>(1, room));
-  const S* from = static_cast<const S*>(x.const_data_ptr());
-  for (int64_t i = 0; i < room; ++i) packed[i] = i < x.size(0) ? T(from[i * x.stride(0)]) : T(0);
+  const S* from = x ? static_cast<const S*>(x->const_data_ptr()) : nullptr;
+  for (int64_t i = 0; i < room; ++i) packed[i] = from && i < x->size(0) ? T(from[i * x->stride(0)]) : T(0);
   return packed;
 }
 
@@ -148,34 +153,43 @@ template <class T> Mixtures<T> describe(const Options& options, bool gradient) {
   return made;
 }
 
-template <class T> using Block = void (*)(const Job<T>&, int64_t, double*);
-template <class T, bool gradient> Block<T> block_of(Kernel kernel, bool fixed) {
+template <class T> using Block = void (*)(const Job<T>&, int64_t, int64_t, double*, double*);
+template <class T, Sweep sweep> Block<T> block_of(Kernel kernel, bool fixed) {
   switch (kernel) {
     case Kernel::laplacian:
       if constexpr (std::is_same_v<T, float>)
-        if (fixed) return FASTGAN_FOR_ISA(block<T, Kernel::laplacian, gradient, true>);
-      return FASTGAN_FOR_ISA(block<T, Kernel::laplacian, gradient, false>);
-    case Kernel::gaussian: return FASTGAN_FOR_ISA(block<T, Kernel::gaussian, gradient, false>);
-    case Kernel::rational_quadratic: return FASTGAN_FOR_ISA(block<T, Kernel::rational_quadratic, gradient, false>);
-    case Kernel::energy: return FASTGAN_FOR_ISA(block<T, Kernel::energy, gradient, false>);
-    default: return FASTGAN_FOR_ISA(block<T, Kernel::polynomial, gradient, false>);
+        if (fixed) return FASTGAN_FOR_ISA(block<T, Kernel::laplacian, sweep, true>);
+      return FASTGAN_FOR_ISA(block<T, Kernel::laplacian, sweep, false>);
+    case Kernel::gaussian: return FASTGAN_FOR_ISA(block<T, Kernel::gaussian, sweep, false>);
+    case Kernel::rational_quadratic: return FASTGAN_FOR_ISA(block<T, Kernel::rational_quadratic, sweep, false>);
+    case Kernel::energy: return FASTGAN_FOR_ISA(block<T, Kernel::energy, sweep, false>);
+    default: return FASTGAN_FOR_ISA(block<T, Kernel::polynomial, sweep, false>);
   }
 }
 
-template <class S, bool gradient>
-void run(const Tensor* row, const Tensor* column, const Tensor& x, const Tensor& y, const Options& options, S* out) {
+// Both gradients in one sweep: a task is a stripe of blocks, with sums of its own for y, which are added in order. How many stripes
+// follows from the shape alone, so results don't depend on the number of threads.
+int64_t count_stripes(int64_t blocks, int64_t bytes) {
+  constexpr int64_t kStripes = 8, kBytes = 256 << 20;
+  return std::max<int64_t>(1, std::min({kStripes, blocks / 2, kBytes / std::max<int64_t>(1, bytes)}));
+}
+
+template <class S, Sweep sweep>
+void run(const Tensor* row, const Tensor* column, const Tensor& x, const Tensor& y, const Options& options, void* out_x, void* out_y) {
+  constexpr bool gradient = sweep != Sweep::forward, both = sweep == Sweep::both;
   using T = typename AccumulateIn<S>::Type;
   Job<T> job{};
   job.N = x.size(0), job.M = y.size(0), job.D = x.size(1), job.ld = row_length<T>(job.D);
   job.exclude_diagonal = options.exclude_diagonal;
   Mixtures<T> mixture = describe<T>(options, gradient);
 
-  const int64_t lanes = FASTGAN_FOR_ISA(kPanel<T>), panels = (job.M + lanes - 1) / lanes, whole = round_up(job.N, kTileRows);
-  const auto xs = pack_rows<S, T>(x, job.ld, whole), ys = pack_rows<S, T>(y, job.ld, job.M);
+  const int64_t lanes = FASTGAN_FOR_ISA(kPanel<T>), panels = (job.M + lanes - 1) / lanes;
+  const int64_t whole = round_up(job.N, kTileRows), whole_y = round_up(job.M, kTileRows);
+  const auto xs = pack_rows<S, T>(x, job.ld, whole), ys = pack_rows<S, T>(y, job.ld, whole_y);
   job.x = xs.get(), job.y = ys.get();
   Scratch<T> rows, columns;
   if constexpr (gradient) {
-    rows = pack_vector<S, T>(*row, whole), columns = pack_vector<S, T>(*column, panels * lanes);
+    rows = pack_vector<S, T>(row, whole), columns = pack_vector<S, T>(column, panels * lanes);
     job.row = rows.get(), job.column = columns.get();
   }
   const int64_t grain = 1 + (1 << 15) / (1 + lanes * job.D);
@@ -189,7 +203,7 @@ void run(const Tensor* row, const Tensor* column, const Tensor& x, const Tensor&
     }
   Scratch<T> packed;
   if (job.fixed.scale > 0) {
-    integers = allocate<uint32_t>(whole * (job.D + 1) + panels * lanes * (job.D + 1));
+    integers = allocate<uint32_t>((whole + panels * lanes) * (job.D + 1));
     job.fixed.x = integers.get(), job.fixed.x_sums = job.fixed.x + whole * job.D;
     job.fixed.y = job.fixed.x_sums + whole, job.fixed.y_sums = job.fixed.y + panels * lanes * job.D;
     for (auto& scale : mixture.scales) scale = T(2 * double(scale) / job.fixed.scale);
@@ -204,21 +218,40 @@ void run(const Tensor* row, const Tensor* column, const Tensor& x, const Tensor&
   }
   job.mixture = {mixture.scales.data(), mixture.factors.data(), int64_t(mixture.scales.size()), T(mixture.exponent), T(mixture.offset)};
 
-  const Block<T> block = block_of<T, gradient>(options.kernel, job.fixed.scale > 0);
+  const Block<T> block = block_of<T, sweep>(options.kernel, job.fixed.scale > 0);
   const double sign = options.kernel == Kernel::laplacian ? double(FASTGAN_FOR_ISA(kSign<T>)) : 1;
-  const int64_t blocks = (job.N + kBlockRows - 1) / kBlockRows, size = gradient ? kBlockRows * job.ld : kBlockRows;
-  torch::stable::parallel_for(0, blocks, 1 + (1 << 18) / (1 + kBlockRows * job.M * (job.D + 8)), [&](int64_t begin, int64_t end) {
-    const auto totals = allocate<double>(size);
-    for (int64_t b = begin; b < end; ++b) {
-      std::fill_n(totals.get(), size, 0.0);
-      block(job, b * kBlockRows, totals.get());
-      for (int64_t i = b * kBlockRows; i < std::min(job.N, (b + 1) * kBlockRows); ++i)
-        if constexpr (gradient)
-          for (int64_t d = 0; d < job.D; ++d) out[i * job.D + d] = S(T(totals[i % kBlockRows * job.ld + d] / sign));
-        else
-          out[i] = S(T(totals[i % kBlockRows]));
+  // Few points make small blocks, for several threads to have some.
+  const int64_t size = std::min(kBlockRows, round_up(job.N / 16 + 1, kTileRows)), blocks = (job.N + size - 1) / size;
+  const int64_t y_size = whole_y * job.ld, stripes = both ? count_stripes(blocks, y_size * sizeof(double)) : blocks;
+  Scratch<double> totals_y;
+  if (both) totals_y = allocate<double>(std::max<int64_t>(1, y_size * stripes));
+  const auto write = [&](void* out, int64_t at, double total) { static_cast<S*>(out)[at] = S(T(total / sign)); };
+  torch::stable::parallel_for(0, stripes, 1 + (1 << 18) / (1 + size * job.M * (job.D + 8)), [&](int64_t begin, int64_t end) {
+    const auto totals = allocate<double>(kBlockRows * (gradient ? job.ld : 1));
+    for (int64_t stripe = begin; stripe < end; ++stripe) {
+      double* own_y = both ? totals_y.get() + y_size * stripe : nullptr;
+      if (both) std::fill_n(own_y, y_size, 0.0);
+      for (int64_t b = stripe; b < blocks; b += stripes) {
+        const int64_t i0 = b * size, count = std::min(size, job.N - i0);
+        std::fill_n(totals.get(), kBlockRows * (gradient ? job.ld : 1), 0.0);
+        block(job, i0, count, totals.get(), own_y);
+        for (int64_t i = 0; i < count; ++i)
+          if constexpr (gradient)
+            for (int64_t d = 0; d < job.D; ++d) write(out_x, (i0 + i) * job.D + d, totals[i * job.ld + d]);
+          else
+            write(out_x, i0 + i, totals[i] * sign);
+      }
     }
   });
+  if (both)
+    torch::stable::parallel_for(0, job.M, 1 + (1 << 15) / (1 + job.D * stripes), [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j)
+        for (int64_t d = 0; d < job.D; ++d) {
+          double total = 0;
+          for (int64_t stripe = 0; stripe < stripes; ++stripe) total += totals_y[y_size * stripe + j * job.ld + d];
+          write(out_y, j * job.D + d, total);
+        }
+    });
 }
 
 Options check(const char* op, const Tensor& x, const Tensor& y, const Tensor& bandwidths, const Tensor& weights, const std::string& kernel,
@@ -243,13 +276,20 @@ Options check(const char* op, const Tensor& x, const Tensor& y, const Tensor& ba
   return {bandwidths, weights, Kernel(found), exponent, offset, exclude_diagonal};
 }
 
+void check_cotangent(const char* op, const char* name, const Tensor& cotangent, const char* of, const Tensor& points) {
+  STD_TORCH_CHECK(cotangent.dim() == 1 && cotangent.size(0) == points.size(0), "fastgan::", op, ": ", name, " has shape ", shape(cotangent),
+                  ", expected a number for each point of ", of, ", which has shape ", shape(points));
+  STD_TORCH_CHECK(cotangent.scalar_type() == points.scalar_type() && cotangent.is_cpu(), "fastgan::", op, ": ", name, " is ",
+                  torch::headeronly::toString(cotangent.scalar_type()), ", expected the dtype of ", of, ", ",
+                  torch::headeronly::toString(points.scalar_type()), ", on the CPU");
+}
+
 Tensor forward(const Tensor& x, const Tensor& y, const Tensor& bandwidths, const Tensor& weights, std::string kernel, double exponent, double offset,
                bool exclude_diagonal) {
   const Options options = check("pairwise_kernel_sum", x, y, bandwidths, weights, kernel, exponent, offset, exclude_diagonal);
   Tensor out = torch::stable::new_empty(x, {x.size(0)});
   for_dtype(x.scalar_type(), [&](auto type) {
-    using S = decltype(type);
-    run<S, false>(nullptr, nullptr, x, y, options, static_cast<S*>(out.mutable_data_ptr()));
+    run<decltype(type), Sweep::forward>(nullptr, nullptr, x, y, options, out.mutable_data_ptr(), nullptr);
   });
   return out;
 }
@@ -258,17 +298,25 @@ Tensor backward(const Tensor& row, const Tensor& column, const Tensor& x, const 
                 std::string kernel, double exponent, double offset, bool exclude_diagonal) {
   const char* op = "pairwise_kernel_sum_backward";
   const Options options = check(op, x, y, bandwidths, weights, kernel, exponent, offset, exclude_diagonal);
-  STD_TORCH_CHECK(row.dim() == 1 && row.size(0) == x.size(0) && column.dim() == 1 && column.size(0) == y.size(0), "fastgan::", op,
-                  ": row has shape ", shape(row), " and column ", shape(column), ", expected a number for each point of x, ", shape(x), ", and of y, ",
-                  shape(y));
-  STD_TORCH_CHECK(row.scalar_type() == x.scalar_type() && column.scalar_type() == x.scalar_type() && row.is_cpu() && column.is_cpu(), "fastgan::", op,
-                  ": row and column have to be of the dtype of x and on the CPU");
+  check_cotangent(op, "row", row, "x", x);
+  check_cotangent(op, "column", column, "y", y);
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   for_dtype(x.scalar_type(), [&](auto type) {
-    using S = decltype(type);
-    run<S, true>(&row, &column, x, y, options, static_cast<S*>(out.mutable_data_ptr()));
+    run<decltype(type), Sweep::backward>(&row, &column, x, y, options, out.mutable_data_ptr(), nullptr);
   });
   return out;
+}
+
+std::tuple<Tensor, Tensor> backward_both(const Tensor& grad, const Tensor& x, const Tensor& y, const Tensor& bandwidths, const Tensor& weights,
+                                         std::string kernel, double exponent, double offset, bool exclude_diagonal) {
+  const char* op = "pairwise_kernel_sum_backward_both";
+  const Options options = check(op, x, y, bandwidths, weights, kernel, exponent, offset, exclude_diagonal);
+  check_cotangent(op, "grad", grad, "x", x);
+  Tensor of_x = torch::stable::new_empty(x, {x.size(0), x.size(1)}), of_y = torch::stable::new_empty(y, {y.size(0), y.size(1)});
+  for_dtype(x.scalar_type(), [&](auto type) {
+    run<decltype(type), Sweep::both>(&grad, nullptr, x, y, options, of_x.mutable_data_ptr(), of_y.mutable_data_ptr());
+  });
+  return {of_x, of_y};
 }
 
 }  // namespace
@@ -278,4 +326,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, library) {
   using namespace fastgan;
   library.impl("pairwise_kernel_sum", TORCH_BOX(&forward));
   library.impl("pairwise_kernel_sum_backward", TORCH_BOX(&backward));
+  library.impl("pairwise_kernel_sum_backward_both", TORCH_BOX(&backward_both));
 }

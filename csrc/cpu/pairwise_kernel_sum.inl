@@ -167,15 +167,15 @@ FASTGAN_INLINE void evaluate(const Mixture<T>& mixture, Vector<T> (&q)[kTileRows
   for (int i = 0; i < kTileRows; ++i) q[i] = total[i];
 }
 
-// One point y's part of the sums of V vectors of coordinates.
-template <class T, int p, int V>
-FASTGAN_INLINE void gather_one(const T* slopes, const T* y, const Vector<T> (&own)[kTileRows][V], Vector<T> (&sums)[kTileRows][V]) {
+// One point's part of the sums of V vectors of coordinates. slopes: kStep apart for the rows of a tile.
+template <class T, int p, int V, int64_t kStep>
+FASTGAN_INLINE void gather_one(const T* slopes, const T* other_point, const Vector<T> (&own)[kTileRows][V], Vector<T> (&sums)[kTileRows][V]) {
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v) {
-    const Vector<T> other = load(y + v * kLanes<T>);
+    const Vector<T> other = load(other_point + v * kLanes<T>);
 #pragma GCC unroll 4
     for (int i = 0; i < kTileRows; ++i) {
-      const Vector<T> slope = broadcast(slopes[i * kColumns]);
+      const Vector<T> slope = broadcast(slopes[i * kStep]);
       if constexpr (p == 0) sums[i][v] += slope * other;
       if constexpr (p == 1) sums[i][v] += slope * scaled_sign(own[i][v] - other);
       if constexpr (p == 2) sums[i][v] += slope * (own[i][v] - other);
@@ -183,26 +183,27 @@ FASTGAN_INLINE void gather_one(const T* slopes, const T* y, const Vector<T> (&ow
   }
 }
 
-// Adds to totals (kTileRows, ld) what the slopes (kTileRows, kColumns) of count points y make of V vectors of coordinates. Even and
-// odd points apart, lest a sum waits for itself, and kRun of them at a time, for fewer roundings at full size.
-template <class T, int p, int V>
-__attribute__((noinline)) void gather(const T* slopes, const T* x, const T* y, int64_t ld, int64_t count, double* totals) {
+// Adds to totals (kTileRows, ld) what the slopes between kTileRows points and count others make of V vectors of coordinates; the
+// points are x and the others y, or the other way round. Even and odd others apart, lest a sum waits for itself, and kRun of them
+// at a time, for fewer roundings at full size.
+template <class T, int p, int V, bool points_are_x>
+__attribute__((noinline)) void gather(const T* slopes, const T* points, const T* others, int64_t ld, int64_t count, double* totals) {
   constexpr int N = kLanes<T>;
-  constexpr int64_t kRun = 32;
+  constexpr int64_t kRun = 32, kStep = points_are_x ? kColumns : 1, kNext = points_are_x ? 1 : kColumns;
   Vector<T> own[kTileRows][V], sums[kTileRows][V] = {};
 #pragma GCC unroll 4
   for (int i = 0; i < kTileRows; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) own[i][v] = load(x + i * ld + v * N);
+    for (int v = 0; v < V; ++v) own[i][v] = load(points + i * ld + v * N);
   for (int64_t begin = 0; begin < count; begin += kRun) {
     const int64_t end = begin + kRun < count ? begin + kRun : count;
     Vector<T> even[kTileRows][V] = {}, odd[kTileRows][V] = {};
     int64_t j = begin;
-    for (; j + 2 <= end; j += 2, y += 2 * ld) {
-      gather_one<T, p, V>(slopes + j, y, own, even);
-      gather_one<T, p, V>(slopes + j + 1, y + ld, own, odd);
+    for (; j + 2 <= end; j += 2, others += 2 * ld, slopes += 2 * kNext) {
+      gather_one<T, p, V, kStep>(slopes, others, own, even);
+      gather_one<T, p, V, kStep>(slopes + kNext, others + ld, own, odd);
     }
-    if (j < end) gather_one<T, p, V>(slopes + j, y, own, even), y += ld;
+    if (j < end) gather_one<T, p, V, kStep>(slopes, others, own, even), others += ld, slopes += kNext;
 #pragma GCC unroll 4
     for (int i = 0; i < kTileRows; ++i)
 #pragma GCC unroll 2
@@ -216,11 +217,14 @@ __attribute__((noinline)) void gather(const T* slopes, const T* x, const T* y, i
 }
 
 // Points x from i0 on, kBlockRows of them or as many as there are. totals: (kBlockRows) or, of gradients, (kBlockRows, ld), zero.
-template <class T, Kernel kernel, bool gradient, bool fixed> void block(const Job<T>& job, int64_t i0, double* totals) {
+// totals_y: (M, ld), M rounded up to whole tiles; this block's part is added.
+template <class T, Kernel kernel, Sweep sweep, bool fixed>
+void block(const Job<T>& job, int64_t i0, int64_t rows, double* totals, double* totals_y) {
   using V = Vector<T>;
+  constexpr bool gradient = sweep != Sweep::forward;
   constexpr int N = kLanes<T>, p = p_of(kernel), directions = p == 0 ? 2 : 1;
   constexpr int64_t P = kPanel<T>;
-  const int64_t rows = job.N - i0 < kBlockRows ? job.N - i0 : kBlockRows, tiles = (rows + kTileRows - 1) / kTileRows;
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows, ld = job.ld;
   alignas(kVectorBytes) T tile[kBlockRows * kColumns];
   for (int64_t j0 = 0; j0 < job.M; j0 += kColumns) {
     const int64_t columns = job.M - j0 < kColumns ? job.M - j0 : kColumns;
@@ -254,8 +258,11 @@ template <class T, Kernel kernel, bool gradient, bool fixed> void block(const Jo
     }
     if constexpr (gradient)
       for (int64_t d = 0; d < job.D; d += directions * N)
-        for (int64_t t = 0; t < tiles; ++t)
-          gather<T, p, directions>(tile + t * kTileRows * kColumns, job.x + (i0 + t * kTileRows) * job.ld + d, job.y + j0 * job.ld + d,
-                                   job.ld, columns, totals + t * kTileRows * job.ld + d);
+        for (int64_t i = 0; i < rows; i += kTileRows)
+          gather<T, p, directions, true>(tile + i * kColumns, job.x + (i0 + i) * ld + d, job.y + j0 * ld + d, ld, columns, totals + i * ld + d);
+    if constexpr (sweep == Sweep::both)
+      for (int64_t d = 0; d < job.D; d += directions * N)
+        for (int64_t j = 0; j < columns; j += kTileRows)
+          gather<T, p, directions, false>(tile + j, job.y + (j0 + j) * ld + d, job.x + i0 * ld + d, ld, rows, totals_y + (j0 + j) * ld + d);
   }
 }

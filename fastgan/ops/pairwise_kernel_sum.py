@@ -9,13 +9,14 @@ r"""Sums of kernels between two sets of points, :math:`\sum_j k(x_i, y_j)`: the 
     energy               -||x - y|| / s                         -1 / (s ||x - y||), 0 at x = y     x_i - y_j
     polynomial           (x.y / s + offset)^a                   a / s (x.y / s + offset)^(a - 1)   y_j
 
-where a is ``exponent``, and the derivative of k(x_i, y_j) in x_i is h_ij u_ij, h = sum_b w_b h_b. Two operators::
+where a is ``exponent``, and the derivative of k(x_i, y_j) in x_i is h_ij u_ij, h = sum_b w_b h_b. Three operators::
 
-    forward    f_i  = sum_j k(x_i, y_j)                 j = i is left out with exclude_diagonal
-    backward   dx_i = sum_j (r_i + c_j) h_ij u_ij       r (N,), c (M,)
+    forward         f_i  = sum_j k(x_i, y_j)               j = i is left out with exclude_diagonal
+    backward        dx_i = sum_j (r_i + c_j) h_ij u_ij     r (N,), c (M,)
+    backward_both   dx_i = sum_j g_i h_ij u_ij and dy_j = sum_i g_i h_ij u_ji, from one pass over the pairs
 
-Every kernel is symmetric, so ``backward`` is the whole of the first derivative: with g the gradient of f that of x is
-backward(g, 0, x, y), that of y is backward(0, g, y, x), and where x and y are one tensor it is backward(g, g, x, x).
+Every kernel is symmetric. With g the gradient of f that of x alone is therefore backward(g, 0, x, y), that of y alone
+backward(0, g, y, x), and where x and y are one tensor it is backward(g, g, x, x).
 
 Sign(0) is 0. Equal infinities have distance NaN, others Inf.
 """
@@ -108,6 +109,13 @@ def backward_reference(row, column, x, y, bandwidths, weights, kernel, exponent,
     return out.to(x.dtype)
 
 
+def backward_both_reference(grad, x, y, *options) -> tuple[Tensor, Tensor]:
+    return (
+        backward_reference(grad, grad.new_zeros(y.shape[0]), x, y, *options),
+        backward_reference(grad.new_zeros(y.shape[0]), grad, y, x, *options),
+    )
+
+
 def _setup_context(ctx, inputs, output):
     x, y, bandwidths, weights, *ctx.options = inputs
     ctx.one = x is y
@@ -116,15 +124,18 @@ def _setup_context(ctx, inputs, output):
 
 def _forward_backward(ctx, grad):
     x, y, *mixture = ctx.saved_tensors
+    options = *mixture, *ctx.options
+    wanted_x, wanted_y, *_ = ctx.needs_input_grad
     of_x = of_y = None
     if ctx.one:
-        of_x = backward(grad, grad, x, x, *mixture, *ctx.options)
+        of_x = backward(grad, grad, x, x, *options)
+    elif wanted_x and wanted_y:
+        of_x, of_y = backward_both(grad, x, y, *options)
+    elif wanted_x:
+        of_x = backward(grad, grad.new_zeros(y.shape[0]), x, y, *options)
     else:
-        if ctx.needs_input_grad[0]:
-            of_x = backward(grad, grad.new_zeros(y.shape[0]), x, y, *mixture, *ctx.options)
-        if ctx.needs_input_grad[1]:
-            of_y = backward(grad.new_zeros(y.shape[0]), grad, y, x, *mixture, *ctx.options)
-    return of_x, of_y, *(None,) * (len(mixture) + len(ctx.options))
+        of_y = backward(grad.new_zeros(y.shape[0]), grad, y, x, *options)
+    return of_x, of_y, *(None,) * len(options)
 
 
 _OPTIONS = "Tensor bandwidths, Tensor weights, str kernel, float exponent, float offset, bool exclude_diagonal"
@@ -140,4 +151,9 @@ backward = declare(
     f"pairwise_kernel_sum_backward(Tensor row, Tensor column, Tensor x, Tensor y, {_OPTIONS}) -> Tensor",
     reference=backward_reference,
     fake=lambda row, column, x, *_: x.new_empty(x.shape),
+)
+backward_both = declare(
+    f"pairwise_kernel_sum_backward_both(Tensor grad, Tensor x, Tensor y, {_OPTIONS}) -> (Tensor, Tensor)",
+    reference=backward_both_reference,
+    fake=lambda grad, x, y, *_: (x.new_empty(x.shape), y.new_empty(y.shape)),
 )
