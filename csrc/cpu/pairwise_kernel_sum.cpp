@@ -21,7 +21,7 @@ constexpr int p_of(Kernel kernel) { return kernel == Kernel::laplacian ? 1 : ker
 constexpr int kTileRows = 4;
 // Points x of one task, at most, and points y whose slopes are kept: these and a few coordinates of either fit the first-level
 // cache.
-constexpr int64_t kBlockRows = 64, kColumns = 64;
+constexpr int64_t kBlockRows = 64, kColumns = 128;
 
 enum class Sweep { forward, backward, both };
 
@@ -43,7 +43,7 @@ struct FixedPoint {
 template <class T> struct Job {
   int64_t N, M, D, ld;
   bool exclude_diagonal;
-  const T *x, *y;         // (N, ld) and (M, ld), zeros from D on; N and M rounded up to whole tiles
+  const T *x, *y;         // (N, ld) and (M, ld), zeros from D on; N rounded up to whole tiles
   const T* panels;        // y as pack_panels has it
   const T *row, *column;  // cotangents
   Mixture<T> mixture;
@@ -153,7 +153,7 @@ template <class T> Mixtures<T> describe(const Options& options, bool gradient) {
   return made;
 }
 
-template <class T> using Block = void (*)(const Job<T>&, int64_t, int64_t, double*, double*);
+template <class T> using Block = void (*)(const Job<T>&, int64_t, int64_t, double*, double*, T*);
 template <class T, Sweep sweep> Block<T> block_of(Kernel kernel, bool fixed) {
   switch (kernel) {
     case Kernel::laplacian:
@@ -183,9 +183,8 @@ void run(const Tensor* row, const Tensor* column, const Tensor& x, const Tensor&
   job.exclude_diagonal = options.exclude_diagonal;
   Mixtures<T> mixture = describe<T>(options, gradient);
 
-  const int64_t lanes = FASTGAN_FOR_ISA(kPanel<T>), panels = (job.M + lanes - 1) / lanes;
-  const int64_t whole = round_up(job.N, kTileRows), whole_y = round_up(job.M, kTileRows);
-  const auto xs = pack_rows<S, T>(x, job.ld, whole), ys = pack_rows<S, T>(y, job.ld, whole_y);
+  const int64_t lanes = FASTGAN_FOR_ISA(kPanel<T>), panels = (job.M + lanes - 1) / lanes, whole = round_up(job.N, kTileRows);
+  const auto xs = pack_rows<S, T>(x, job.ld, whole), ys = pack_rows<S, T>(y, job.ld, job.M);
   job.x = xs.get(), job.y = ys.get();
   Scratch<T> rows, columns;
   if constexpr (gradient) {
@@ -222,19 +221,20 @@ void run(const Tensor* row, const Tensor* column, const Tensor& x, const Tensor&
   const double sign = options.kernel == Kernel::laplacian ? double(FASTGAN_FOR_ISA(kSign<T>)) : 1;
   // Few points make small blocks, for several threads to have some.
   const int64_t size = std::min(kBlockRows, round_up(job.N / 16 + 1, kTileRows)), blocks = (job.N + size - 1) / size;
-  const int64_t y_size = whole_y * job.ld, stripes = both ? count_stripes(blocks, y_size * sizeof(double)) : blocks;
+  const int64_t y_size = job.M * job.ld, stripes = both ? count_stripes(blocks, y_size * sizeof(double)) : blocks;
   Scratch<double> totals_y;
   if (both) totals_y = allocate<double>(std::max<int64_t>(1, y_size * stripes));
   const auto write = [&](void* out, int64_t at, double total) { static_cast<S*>(out)[at] = S(T(total / sign)); };
   torch::stable::parallel_for(0, stripes, 1 + (1 << 18) / (1 + size * job.M * (job.D + 8)), [&](int64_t begin, int64_t end) {
     const auto totals = allocate<double>(kBlockRows * (gradient ? job.ld : 1));
+    const auto sums_y = allocate<T>(both ? kColumns * job.ld : 1);
     for (int64_t stripe = begin; stripe < end; ++stripe) {
       double* own_y = both ? totals_y.get() + y_size * stripe : nullptr;
       if (both) std::fill_n(own_y, y_size, 0.0);
       for (int64_t b = stripe; b < blocks; b += stripes) {
         const int64_t i0 = b * size, count = std::min(size, job.N - i0);
         std::fill_n(totals.get(), kBlockRows * (gradient ? job.ld : 1), 0.0);
-        block(job, i0, count, totals.get(), own_y);
+        block(job, i0, count, totals.get(), own_y, sums_y.get());
         for (int64_t i = 0; i < count; ++i)
           if constexpr (gradient)
             for (int64_t d = 0; d < job.D; ++d) write(out_x, (i0 + i) * job.D + d, totals[i * job.ld + d]);

@@ -167,59 +167,90 @@ FASTGAN_INLINE void evaluate(const Mixture<T>& mixture, Vector<T> (&q)[kTileRows
   for (int i = 0; i < kTileRows; ++i) q[i] = total[i];
 }
 
-// One point's part of the sums of V vectors of coordinates. slopes: kStep apart for the rows of a tile.
-template <class T, int p, int V, int64_t kStep>
-FASTGAN_INLINE void gather_one(const T* slopes, const T* other_point, const Vector<T> (&own)[kTileRows][V], Vector<T> (&sums)[kTileRows][V]) {
-#pragma GCC unroll 2
-  for (int v = 0; v < V; ++v) {
-    const Vector<T> other = load(other_point + v * kLanes<T>);
-#pragma GCC unroll 4
-    for (int i = 0; i < kTileRows; ++i) {
-      const Vector<T> slope = broadcast(slopes[i * kStep]);
-      if constexpr (p == 0) sums[i][v] += slope * other;
-      if constexpr (p == 1) sums[i][v] += slope * scaled_sign(own[i][v] - other);
-      if constexpr (p == 2) sums[i][v] += slope * (own[i][v] - other);
-    }
-  }
+// What a slope is that of a step along: x - y, its signs, or y.
+template <class T, int p> FASTGAN_INLINE Vector<T> direction(Vector<T> x, Vector<T> y) {
+  if constexpr (p == 0) return y;
+  if constexpr (p == 1) return scaled_sign(x - y);
+  return x - y;
 }
 
-// Adds to totals (kTileRows, ld) what the slopes between kTileRows points and count others make of V vectors of coordinates; the
-// points are x and the others y, or the other way round. Even and odd others apart, lest a sum waits for itself, and kRun of them
-// at a time, for fewer roundings at full size.
-template <class T, int p, int V, bool points_are_x>
-__attribute__((noinline)) void gather(const T* slopes, const T* points, const T* others, int64_t ld, int64_t count, double* totals) {
-  constexpr int N = kLanes<T>;
-  constexpr int64_t kRun = 32, kStep = points_are_x ? kColumns : 1, kNext = points_are_x ? 1 : kColumns;
-  Vector<T> own[kTileRows][V], sums[kTileRows][V] = {};
+// Points y whose terms are added up before that sum is added to others: fewer roundings at full size.
+constexpr int64_t kRun = 32;
+
+template <class T, int V> FASTGAN_INLINE void load_tile(const T* from, int64_t ld, Vector<T> (&to)[kTileRows][V]) {
 #pragma GCC unroll 4
   for (int i = 0; i < kTileRows; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) own[i][v] = load(points + i * ld + v * N);
-  for (int64_t begin = 0; begin < count; begin += kRun) {
-    const int64_t end = begin + kRun < count ? begin + kRun : count;
-    Vector<T> even[kTileRows][V] = {}, odd[kTileRows][V] = {};
-    int64_t j = begin;
-    for (; j + 2 <= end; j += 2, others += 2 * ld, slopes += 2 * kNext) {
-      gather_one<T, p, V, kStep>(slopes, others, own, even);
-      gather_one<T, p, V, kStep>(slopes + kNext, others + ld, own, odd);
-    }
-    if (j < end) gather_one<T, p, V, kStep>(slopes, others, own, even), others += ld, slopes += kNext;
-#pragma GCC unroll 4
-    for (int i = 0; i < kTileRows; ++i)
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) sums[i][v] += even[i][v] + odd[i][v];
-  }
+    for (int v = 0; v < V; ++v) to[i][v] = load(from + i * ld + v * kLanes<T>);
+}
+template <class T, int V> FASTGAN_INLINE void add_tile(const Vector<T> (&sums)[kTileRows][V], int64_t ld, double* totals) {
   for (int i = 0; i < kTileRows; ++i) {
-    T lanes[V * N];
-    for (int v = 0; v < V; ++v) store(lanes + v * N, sums[i][v]);
-    for (int lane = 0; lane < V * N; ++lane) totals[i * ld + lane] += lanes[lane];
+    T lanes[V * kLanes<T>];
+    for (int v = 0; v < V; ++v) store(lanes + v * kLanes<T>, sums[i][v]);
+    for (int lane = 0; lane < V * kLanes<T>; ++lane) totals[i * ld + lane] += lanes[lane];
   }
 }
 
+// Adds to totals (kTileRows, ld) what the slopes (kTileRows, kColumns) of count points y make of V vectors of coordinates.
+template <class T, int p, int V>
+__attribute__((noinline)) void gather(const T* slopes, const T* x, const T* y, int64_t ld, int64_t count, double* totals) {
+  Vector<T> own[kTileRows][V], sums[kTileRows][V] = {};
+  load_tile<T, V>(x, ld, own);
+  for (int64_t begin = 0; begin < count; begin += kRun) {
+    Vector<T> run[2][kTileRows][V] = {};  // even and odd points apart, lest a sum waits for itself
+    const auto add = [&](int which, int64_t j) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+        const Vector<T> other = load(y + j * ld + v * kLanes<T>);
+#pragma GCC unroll 4
+        for (int i = 0; i < kTileRows; ++i)
+          run[which][i][v] += broadcast(slopes[i * kColumns + j]) * direction<T, p>(own[i][v], other);
+      }
+    };
+    const int64_t end = begin + kRun < count ? begin + kRun : count;
+    int64_t j = begin;
+    for (; j + 2 <= end; j += 2) add(0, j), add(1, j + 1);
+    if (j < end) add(0, j);
+#pragma GCC unroll 4
+    for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sums[i][v] += run[0][i][v] + run[1][i][v];
+  }
+  add_tile<T, V>(sums, ld, totals);
+}
+
+// The same for one vector of coordinates, and into sums_y (count, ld) what the slopes make of them for the points y.
+template <class T, int p>
+__attribute__((noinline)) void gather_both(const T* slopes, const T* x, const T* y, int64_t ld, int64_t count, double* totals, T* sums_y) {
+  Vector<T> own[kTileRows][1], sums[kTileRows][1] = {};
+  load_tile<T, 1>(x, ld, own);
+  for (int64_t begin = 0; begin < count; begin += kRun / 2) {
+    const int64_t end = begin + kRun / 2 < count ? begin + kRun / 2 : count;
+    Vector<T> run[kTileRows] = {};
+    for (int64_t j = begin; j < end; ++j) {
+      const Vector<T> other = load(y + j * ld);
+      Vector<T> sum_y = load(sums_y + j * ld);
+#pragma GCC unroll 4
+      for (int i = 0; i < kTileRows; ++i) {
+        const Vector<T> slope = broadcast(slopes[i * kColumns + j]), u = direction<T, p>(own[i][0], other);
+        run[i] += slope * u;
+        if constexpr (p == 0)
+          sum_y += slope * own[i][0];
+        else
+          sum_y -= slope * u;
+      }
+      store(sums_y + j * ld, sum_y);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kTileRows; ++i) sums[i][0] += run[i];
+  }
+  add_tile<T, 1>(sums, ld, totals);
+}
+
 // Points x from i0 on, kBlockRows of them or as many as there are. totals: (kBlockRows) or, of gradients, (kBlockRows, ld), zero.
-// totals_y: (M, ld), M rounded up to whole tiles; this block's part is added.
+// totals_y: (M, ld); this block's part is added. sums_y: scratch of (kColumns, ld).
 template <class T, Kernel kernel, Sweep sweep, bool fixed>
-void block(const Job<T>& job, int64_t i0, int64_t rows, double* totals, double* totals_y) {
+void block(const Job<T>& job, int64_t i0, int64_t rows, double* totals, double* totals_y, T* sums_y) {
   using V = Vector<T>;
   constexpr bool gradient = sweep != Sweep::forward;
   constexpr int N = kLanes<T>, p = p_of(kernel), directions = p == 0 ? 2 : 1;
@@ -256,13 +287,16 @@ void block(const Job<T>& job, int64_t i0, int64_t rows, double* totals, double* 
       }
       if constexpr (!gradient) add_lane_sums<T, kTileRows>(sums, totals + t * kTileRows);
     }
-    if constexpr (gradient)
+    if constexpr (sweep == Sweep::backward)
       for (int64_t d = 0; d < job.D; d += directions * N)
         for (int64_t i = 0; i < rows; i += kTileRows)
-          gather<T, p, directions, true>(tile + i * kColumns, job.x + (i0 + i) * ld + d, job.y + j0 * ld + d, ld, columns, totals + i * ld + d);
-    if constexpr (sweep == Sweep::both)
-      for (int64_t d = 0; d < job.D; d += directions * N)
-        for (int64_t j = 0; j < columns; j += kTileRows)
-          gather<T, p, directions, false>(tile + j, job.y + (j0 + j) * ld + d, job.x + i0 * ld + d, ld, rows, totals_y + (j0 + j) * ld + d);
+          gather<T, p, directions>(tile + i * kColumns, job.x + (i0 + i) * ld + d, job.y + j0 * ld + d, ld, columns, totals + i * ld + d);
+    if constexpr (sweep == Sweep::both) {
+      for (int64_t k = 0; k < columns * ld; ++k) sums_y[k] = 0;
+      for (int64_t d = 0; d < job.D; d += N)
+        for (int64_t i = 0; i < rows; i += kTileRows)
+          gather_both<T, p>(tile + i * kColumns, job.x + (i0 + i) * ld + d, job.y + j0 * ld + d, ld, columns, totals + i * ld + d, sums_y + d);
+      for (int64_t k = 0; k < columns * ld; ++k) totals_y[j0 * ld + k] += sums_y[k];
+    }
   }
 }
