@@ -315,6 +315,7 @@ _kernel_sum_common = {
     "interpreted": (
         (1, 1, 1, 0, 0),
         (35, 35, 18, 4, 1),
+        (9, 10, 19, 0, 0),
         *((33, 38, 5, form, 0) for form in _KERNEL_SUM_FORMS),
         (35, 35, 18, 0, 1),
         (5, 70, 40, 0, 0),
