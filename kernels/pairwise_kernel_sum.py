@@ -1,8 +1,8 @@
 """Triton kernels of sums of kernels over pairs: the math is in fastgan/ops/pairwise_kernel_sum.py.
 
-A tile is BLOCK points x against BLOCK points y: what the kernel is a function of lives in registers, coordinates are streamed
-past it from transposed copies (D, N), in which neighbouring lanes read neighbouring words. Forward, a program goes through its
-share of all y and leaves one sum per x: no atomics, the same bits on every run.
+A tile is BLOCK_I points x against BLOCK_J points y: what the kernel is a function of lives in registers, coordinates are
+streamed past it from transposed copies (D, N), in which neighbouring lanes read neighbouring words. Forward, a program goes
+through its share of all y and leaves one sum per x: no atomics, the same bits on every run.
 
 Backward, slopes times cotangents of some rows of x go to a scratch matrix of bounded size. What they make of the coordinates is
 a matrix product (p = 2 and products), or a sum of signs (p = 1), which a second kernel takes with lanes being coordinates.
@@ -16,8 +16,11 @@ from torch import Tensor
 from fastgan._dtypes import accumulate_dtype
 from fastgan.ops.pairwise_kernel_sum import KERNELS, _centred
 
-_BLOCK = 64
+_TILE = {"BLOCK_I": 64, "BLOCK_J": 32}  # 64 x 64 spills registers on AMD and in double precision
+# Positions in KERNELS; the polynomial is the last.
+_LAPLACIAN, _GAUSSIAN, _RATIONAL_QUADRATIC, _ENERGY = (tl.constexpr(k) for k in range(4))
 _WARPS = 4
+_SIGNS = {"BLOCK_I": 16, "BLOCK_D": 64, "RUN": 16}
 _PROGRAMS = 1024  # about eight for each multiprocessor
 _DEGREES = 16  # largest integer power that is taken as products
 _CHUNK = 1 << 24  # slopes of one scratch matrix
@@ -56,18 +59,18 @@ def _mixture(q, bandwidths, weights, options, count, KERNEL: tl.constexpr, POWER
     total = tl.zeros(q.shape, q.dtype)
     for b in range(count):
         s, w = tl.load(bandwidths + b), tl.load(weights + b)
-        if KERNEL == "laplacian":
+        if KERNEL == _LAPLACIAN:
             k = w * tl.exp(-(q / s))
             total += -k / s if SLOPE else k
-        elif KERNEL == "gaussian":
+        elif KERNEL == _GAUSSIAN:
             k = w * tl.exp(-(q / (2 * s * s)))
             total += -k / (s * s) if SLOPE else k
-        elif KERNEL == "rational_quadratic":
+        elif KERNEL == _RATIONAL_QUADRATIC:
             a = tl.load(options)
             t = 1 + q / (2 * a * s * s)
             k = w / _power(t, POWER) if POWER else w * tl.exp(-a * tl.log(t))
             total += -k / (t * s * s) if SLOPE else k
-        elif KERNEL == "energy":
+        elif KERNEL == _ENERGY:
             root = tl.sqrt(q)
             if SLOPE:
                 total += tl.where(q == 0, 0.0, -w / (s * tl.where(q == 0, 1.0, root)))
@@ -85,14 +88,15 @@ def _mixture(q, bandwidths, weights, options, count, KERNEL: tl.constexpr, POWER
 @triton.jit
 def forward_kernel(
     x, y, bandwidths, weights, options, out, n, m, D, count, share,
-    KERNEL: tl.constexpr, POWER: tl.constexpr, P: tl.constexpr, EXCLUDE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    KERNEL: tl.constexpr, POWER: tl.constexpr, P: tl.constexpr, EXCLUDE: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """out (programs along y, n): sums over ``share`` points y each."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     first = tl.program_id(1) * share
-    total = tl.zeros((BLOCK,), ACC)
-    for start in range(first, tl.minimum(first + share, m), BLOCK):
-        j = start + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK_I,), ACC)
+    for start in range(first, tl.minimum(first + share, m), BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
         k = _mixture(_similarity(x, y, i, j, n, m, D, P, ACC), bandwidths, weights, options, count, KERNEL, POWER, False)
         counts = (j < m)[None, :]
         if EXCLUDE:
@@ -104,11 +108,12 @@ def forward_kernel(
 @triton.jit
 def slopes_kernel(
     x, y, row, column, bandwidths, weights, options, out, start, rows, n, m, D, count, row_stride, column_stride,
-    KERNEL: tl.constexpr, POWER: tl.constexpr, P: tl.constexpr, EXCLUDE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    KERNEL: tl.constexpr, POWER: tl.constexpr, P: tl.constexpr, EXCLUDE: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """out (rows, m): (row_i + column_j) h_ij of the points x from ``start`` on."""
-    local = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    i, j = start + local, tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    local = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    i, j = start + local, tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
     h = _mixture(_similarity(x, y, i, j, n, m, D, P, ACC), bandwidths, weights, options, count, KERNEL, POWER, True)
     r = tl.load(row + i.to(tl.int64) * row_stride, mask=i < n, other=0).to(ACC)
     c = tl.load(column + j.to(tl.int64) * column_stride, mask=j < m, other=0).to(ACC)
@@ -168,14 +173,13 @@ def _constants(kernel: str, exponent: float, exclude_diagonal: bool, dtype: torc
             f"with fastgan.use_backend('reference') it may be any"
         )
     return {
-        "KERNEL": kernel,
+        "KERNEL": list(KERNELS).index(kernel),
         "POWER": int(exponent) if exponent in range(1, _DEGREES + 1) else 0,  # 0: no such integer
         "P": KERNELS[kernel],
         "EXCLUDE": exclude_diagonal,
         "ACC": _accumulate(dtype),
-        "BLOCK": _BLOCK,
         "num_warps": _WARPS,
-    }
+    } | _TILE
 
 
 def _check(x: Tensor, y: Tensor, *cotangents: tuple[Tensor, Tensor]) -> None:
@@ -203,9 +207,9 @@ def pairwise_kernel_sum(x, y, bandwidths, weights, kernel, exponent, offset, exc
     (n, d), m = x.shape, y.shape[0]
     if n == 0 or m == 0:
         return x.new_zeros(n)
-    blocks_x, blocks_y = triton.cdiv(n, _BLOCK), triton.cdiv(m, _BLOCK)
+    blocks_x, blocks_y = triton.cdiv(n, _TILE["BLOCK_I"]), triton.cdiv(m, _TILE["BLOCK_J"])
     programs = min(blocks_y, max(1, _PROGRAMS // blocks_x))
-    share = triton.cdiv(blocks_y, programs) * _BLOCK
+    share = triton.cdiv(blocks_y, programs) * _TILE["BLOCK_J"]
     programs = triton.cdiv(m, share)
     out = x.new_empty(programs, n, dtype=accumulate_dtype(x.dtype))
     mixture = bandwidths.contiguous(), weights.contiguous(), _options(bandwidths, exponent, offset)
@@ -220,10 +224,10 @@ def pairwise_kernel_sum(x, y, bandwidths, weights, kernel, exponent, offset, exc
 def _gather_signs(slopes: Tensor, points: Tensor, others: Tensor, before: Tensor) -> Tensor:
     out = torch.empty_like(before)
     n, d = points.shape
-    blocks = {"BLOCK_I": 16, "BLOCK_D": 64, "RUN": 16}
-    signs_kernel[triton.cdiv(n, blocks["BLOCK_I"]), triton.cdiv(d, blocks["BLOCK_D"])](
-        slopes, points, others, before, out, n, others.shape[0], d, *slopes.stride(), ACC=_accumulate(before.dtype),
-        num_warps=_WARPS, **blocks,
+    signs_kernel[triton.cdiv(n, _SIGNS["BLOCK_I"]), triton.cdiv(d, _SIGNS["BLOCK_D"])](
+        slopes if slopes.is_contiguous() else slopes.T,
+        points, others, before, out, n, others.shape[0], d, *slopes.stride(), ACC=_accumulate(before.dtype),
+        num_warps=_WARPS, **_SIGNS,
     )  # fmt: skip
     return out
 
@@ -250,13 +254,13 @@ def _sweep(
     x, y = x.T.contiguous(), y.T.contiguous()
     mixture = bandwidths.contiguous(), weights.contiguous(), _options(bandwidths, exponent, offset)
     constants = _constants(kernel, exponent, exclude_diagonal, x.dtype)
-    step = min(n, max(_BLOCK, _CHUNK // m))
+    step = min(n, max(_TILE["BLOCK_I"], _CHUNK // m))
     scratch = x.new_empty(step, m, dtype=work)
     with torch.cuda.device_of(x):
         for start in range(0, n, step):
             rows = min(step, n - start)
             slopes = scratch[:rows]
-            slopes_kernel[triton.cdiv(rows, _BLOCK), triton.cdiv(m, _BLOCK)](
+            slopes_kernel[triton.cdiv(rows, _TILE["BLOCK_I"]), triton.cdiv(m, _TILE["BLOCK_J"])](
                 x, y, row, column, *mixture, slopes, start, rows, n, m, d, bandwidths.shape[0], row.stride(0), column.stride(0),
                 **constants,
             )  # fmt: skip
