@@ -2,12 +2,20 @@
 
 import pytest
 
-from benchmarks import critic_step, gradient_penalty, minibatch_discrimination, minibatch_stddev, spectral_norm
+from benchmarks import (
+    critic_step,
+    gradient_penalty,
+    minibatch_discrimination,
+    minibatch_stddev,
+    pairwise_kernel_sum,
+    spectral_norm,
+)
 from benchmarks.case import OURS, run
 
 CASES = [
     *minibatch_discrimination.CASES,
     *minibatch_stddev.CASES,
+    *pairwise_kernel_sum.CASES,
     *critic_step.CASES,
     *gradient_penalty.CASES,
     *spectral_norm.CASES,
