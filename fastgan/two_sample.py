@@ -128,7 +128,7 @@ def pairwise_kernel_sum(
             f"pairwise_kernel_sum: exclude_diagonal with x {tuple(x.shape)} and y {tuple(y.shape)}: expected as many points in "
             f"both, of which the i-th are the same"
         )
-    return _pairwise_kernel_sum.forward(x, y, *options, bool(exclude_diagonal))
+    return _sum(x, y, options, bool(exclude_diagonal))
 
 
 def median_bandwidth(x: Tensor, y: Tensor, *, p: float = 2) -> Tensor:
@@ -154,10 +154,27 @@ def median_bandwidth(x: Tensor, y: Tensor, *, p: float = 2) -> Tensor:
     return torch.where(median == 0, 1.0, median)
 
 
+def _sum(x: Tensor, y: Tensor, options: tuple, exclude_diagonal: bool) -> Tensor:
+    """Where x alone has a gradient, that is found on the way."""
+    if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
+        return _pairwise_kernel_sum.with_gradient(x, y, *options, exclude_diagonal)[0]
+    return _pairwise_kernel_sum.forward(x, y, *options, exclude_diagonal)
+
+
 def _mean(x: Tensor, y: Tensor, options: tuple, exclude_diagonal: bool = False) -> Tensor:
     """Of k over all pairs, in float64: means of three sums of nearly the same size are subtracted."""
-    total = _pairwise_kernel_sum.forward(x, y, *options, exclude_diagonal).sum(dtype=torch.float64)
+    if not x.requires_grad:  # the mean is symmetric, and a gradient in the first argument the cheaper one
+        x, y = y, x
+    total = _sum(x, y, options, exclude_diagonal).sum(dtype=torch.float64)
     return total / (x.shape[0] * (y.shape[0] - exclude_diagonal))
+
+
+def _mean_within(x: Tensor, options: tuple, exclude_diagonal: bool) -> Tensor:
+    """Both arguments have the same gradient: that of one, twice."""
+    if not x.requires_grad:
+        return _mean(x, x, options, exclude_diagonal)
+    half = _mean(x, x.detach(), options, exclude_diagonal)
+    return 2 * half - half.detach()
 
 
 def _discrepancy(function: str, x: Tensor, y: Tensor, options: tuple, unbiased: bool, squared: bool) -> Tensor:
@@ -167,7 +184,7 @@ def _discrepancy(function: str, x: Tensor, y: Tensor, options: tuple, unbiased: 
             raise ValueError(
                 f"{function}: {name} has {z.shape[0]} points, expected at least {least}" + (" where unbiased=True" * unbiased)
             )
-    total = _mean(x, x, options, unbiased) + _mean(y, y, options, unbiased) - 2 * _mean(x, y, options)
+    total = _mean_within(x, options, unbiased) + _mean_within(y, options, unbiased) - 2 * _mean(x, y, options)
     total = total.to(x.dtype)
     return total if squared else norms_of(total.clamp_min(0))
 

@@ -243,13 +243,24 @@ def _gather(p: int, slopes: Tensor, points: Tensor, others: Tensor, before: Tens
 
 
 def _sweep(
-    row, column, x, y, bandwidths, weights, kernel, exponent, offset, exclude_diagonal, both: bool
+    row,
+    column,
+    x,
+    y,
+    bandwidths,
+    weights,
+    kernel,
+    exponent,
+    offset,
+    exclude_diagonal,
+    both: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     (n, d), m, p = x.shape, y.shape[0], KERNELS[kernel]
     work = accumulate_dtype(x.dtype)
     of_x, of_y = x.new_zeros(n, d, dtype=work), y.new_zeros(m if both else 0, d, dtype=work)
     if n == 0 or m == 0 or d == 0:
-        return of_x.to(x.dtype), of_y.to(x.dtype)
+        return of_x.to(dtype or x.dtype), of_y.to(x.dtype)
     points, others = x.to(work).contiguous(), y.to(work).contiguous()
     x, y = x.T.contiguous(), y.T.contiguous()
     mixture = bandwidths.contiguous(), weights.contiguous(), _options(bandwidths, exponent, offset)
@@ -268,7 +279,7 @@ def _sweep(
             of_x[some] = _gather(p, slopes, points[some], others, of_x[some])
             if both:
                 of_y = _gather(p, slopes.T, others, points[some], of_y)
-    return of_x.to(x.dtype), of_y.to(x.dtype)
+    return of_x.to(dtype or x.dtype), of_y.to(x.dtype)
 
 
 def pairwise_kernel_sum_backward(row, column, x, y, *options) -> Tensor:
@@ -279,3 +290,9 @@ def pairwise_kernel_sum_backward(row, column, x, y, *options) -> Tensor:
 def pairwise_kernel_sum_backward_both(grad, x, y, *options) -> tuple[Tensor, Tensor]:
     _check(x, y, (grad, x))
     return _sweep(grad, grad.new_zeros(y.shape[0]), x, y, *options, both=True)
+
+
+def pairwise_kernel_sum_with_gradient(x, y, *options) -> tuple[Tensor, Tensor]:
+    value, work = pairwise_kernel_sum(x, y, *options), accumulate_dtype(x.dtype)
+    ones, zeros = x.new_ones(x.shape[0], dtype=work), x.new_zeros(y.shape[0], dtype=work)
+    return value, _sweep(ones, zeros, x, y, *options, both=False, dtype=work)[0]

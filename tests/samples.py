@@ -331,6 +331,7 @@ _kernel_sum_common = {
 
 OPERATORS |= {
     "pairwise_kernel_sum": Operator(_kernel_sum, constants=(2, 3), bad=(0, (4, 1)), **_kernel_sum_common),
+    "pairwise_kernel_sum_with_gradient": Operator(_kernel_sum, constants=(2, 3), bad=(0, (4, 1)), **_kernel_sum_common),
     "pairwise_kernel_sum_backward": Operator(_kernel_sum_backward, differentiable=False, bad=(2, (4, 1)), **_kernel_sum_common),
     "pairwise_kernel_sum_backward_both": Operator(
         lambda *a: (_kernel_sum_backward(*a)[0], *_kernel_sum(*a)), differentiable=False, bad=(2, (4, 1)), **_kernel_sum_common

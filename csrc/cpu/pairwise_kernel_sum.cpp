@@ -23,7 +23,7 @@ constexpr int kTileRows = 4;
 // cache.
 constexpr int64_t kBlockRows = 64, kColumns = 128;
 
-enum class Sweep { forward, backward, both };
+enum class Sweep { forward, with_gradient, backward, both };
 
 // sum_b factors_b f(scales_b q), whose f has the exponent and the offset.
 template <class T> struct Mixture {
@@ -46,7 +46,7 @@ template <class T> struct Job {
   const T *x, *y;         // (N, ld) and (M, ld), zeros from D on; N rounded up to whole tiles
   const T* panels;        // y as pack_panels has it
   const T *row, *column;  // cotangents
-  Mixture<T> mixture;
+  Mixture<T> values, slopes;
   FixedPoint fixed;
 };
 
@@ -131,6 +131,8 @@ template <class T> struct Mixtures {
   std::vector<T> scales, factors;
   double smallest = std::numeric_limits<double>::infinity();
   double exponent, offset;
+
+  Mixture<T> view() const { return {scales.data(), factors.data(), int64_t(scales.size()), T(exponent), T(offset)}; }
 };
 
 template <class T> Mixtures<T> describe(const Options& options, bool gradient) {
@@ -153,7 +155,7 @@ template <class T> Mixtures<T> describe(const Options& options, bool gradient) {
   return made;
 }
 
-template <class T> using Block = void (*)(const Job<T>&, int64_t, int64_t, double*, double*, T*);
+template <class T> using Block = void (*)(const Job<T>&, int64_t, int64_t, double*, double*, double*, T*);
 template <class T, Sweep sweep> Block<T> block_of(Kernel kernel, bool fixed) {
   switch (kernel) {
     case Kernel::laplacian:
@@ -175,19 +177,19 @@ int64_t count_stripes(int64_t blocks, int64_t bytes) {
 }
 
 template <class S, Sweep sweep>
-void run(const Tensor* row, const Tensor* column, const Tensor& x, const Tensor& y, const Options& options, void* out_x, void* out_y) {
+void run(const Tensor* row, const Tensor* column, const Tensor& x, const Tensor& y, const Options& options, void* out, void* out_x, void* out_y) {
   constexpr bool gradient = sweep != Sweep::forward, both = sweep == Sweep::both;
   using T = typename AccumulateIn<S>::Type;
   Job<T> job{};
   job.N = x.size(0), job.M = y.size(0), job.D = x.size(1), job.ld = row_length<T>(job.D);
   job.exclude_diagonal = options.exclude_diagonal;
-  Mixtures<T> mixture = describe<T>(options, gradient);
+  Mixtures<T> values = describe<T>(options, false), slopes = describe<T>(options, true);
 
   const int64_t lanes = FASTGAN_FOR_ISA(kPanel<T>), panels = (job.M + lanes - 1) / lanes, whole = round_up(job.N, kTileRows);
   const auto xs = pack_rows<S, T>(x, job.ld, whole), ys = pack_rows<S, T>(y, job.ld, job.M);
   job.x = xs.get(), job.y = ys.get();
   Scratch<T> rows, columns;
-  if constexpr (gradient) {
+  if constexpr (sweep == Sweep::backward || both) {
     rows = pack_vector<S, T>(row, whole), columns = pack_vector<S, T>(column, panels * lanes);
     job.row = rows.get(), job.column = columns.get();
   }
@@ -198,14 +200,15 @@ void run(const Tensor* row, const Tensor* column, const Tensor& x, const Tensor&
     if (options.kernel == Kernel::laplacian) {
       lowest.resize(job.D);
       job.fixed.lowest = lowest.data();
-      job.fixed.scale = fixed_point_scale(job, mixture.smallest, lowest.data());
+      job.fixed.scale = fixed_point_scale(job, values.smallest, lowest.data());
     }
   Scratch<T> packed;
   if (job.fixed.scale > 0) {
     integers = allocate<uint32_t>((whole + panels * lanes) * (job.D + 1));
     job.fixed.x = integers.get(), job.fixed.x_sums = job.fixed.x + whole * job.D;
     job.fixed.y = job.fixed.x_sums + whole, job.fixed.y_sums = job.fixed.y + panels * lanes * job.D;
-    for (auto& scale : mixture.scales) scale = T(2 * double(scale) / job.fixed.scale);
+    for (auto* mixture : {&values, &slopes})
+      for (auto& scale : mixture->scales) scale = T(2 * double(scale) / job.fixed.scale);
     torch::stable::parallel_for(0, whole, grain * lanes, [&](int64_t begin, int64_t end) { FASTGAN_FOR_ISA(pack_fixed_rows<T>)(job, begin, end); });
     torch::stable::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) { FASTGAN_FOR_ISA(pack_fixed_panels<T>)(job, begin, end); });
   } else {
@@ -215,7 +218,7 @@ void run(const Tensor* row, const Tensor* column, const Tensor& x, const Tensor&
       FASTGAN_FOR_ISA(pack_panels<T>)(ys.get(), job.ld, job.M, job.D, begin, end, packed.get());
     });
   }
-  job.mixture = {mixture.scales.data(), mixture.factors.data(), int64_t(mixture.scales.size()), T(mixture.exponent), T(mixture.offset)};
+  job.values = values.view(), job.slopes = slopes.view();
 
   const Block<T> block = block_of<T, sweep>(options.kernel, job.fixed.scale > 0);
   const double sign = options.kernel == Kernel::laplacian ? double(FASTGAN_FOR_ISA(kSign<T>)) : 1;
@@ -224,22 +227,25 @@ void run(const Tensor* row, const Tensor* column, const Tensor& x, const Tensor&
   const int64_t y_size = job.M * job.ld, stripes = both ? count_stripes(blocks, y_size * sizeof(double)) : blocks;
   Scratch<double> totals_y;
   if (both) totals_y = allocate<double>(std::max<int64_t>(1, y_size * stripes));
-  const auto write = [&](void* out, int64_t at, double total) { static_cast<S*>(out)[at] = S(T(total / sign)); };
+  using G = std::conditional_t<sweep == Sweep::with_gradient, T, S>;
+  const auto write = [&](void* to, int64_t at, double total) { static_cast<G*>(to)[at] = G(T(total / sign)); };
   torch::stable::parallel_for(0, stripes, 1 + (1 << 18) / (1 + size * job.M * (job.D + 8)), [&](int64_t begin, int64_t end) {
-    const auto totals = allocate<double>(kBlockRows * (gradient ? job.ld : 1));
+    const int64_t room = gradient ? kBlockRows * job.ld : 0;
+    const auto totals = allocate<double>(kBlockRows + room);
     const auto sums_y = allocate<T>(both ? kColumns * job.ld : 1);
+    double *const sums = totals.get(), *const gradients = sums + kBlockRows;
     for (int64_t stripe = begin; stripe < end; ++stripe) {
       double* own_y = both ? totals_y.get() + y_size * stripe : nullptr;
       if (both) std::fill_n(own_y, y_size, 0.0);
       for (int64_t b = stripe; b < blocks; b += stripes) {
         const int64_t i0 = b * size, count = std::min(size, job.N - i0);
-        std::fill_n(totals.get(), kBlockRows * (gradient ? job.ld : 1), 0.0);
-        block(job, i0, count, totals.get(), own_y, sums_y.get());
-        for (int64_t i = 0; i < count; ++i)
-          if constexpr (gradient)
-            for (int64_t d = 0; d < job.D; ++d) write(out_x, (i0 + i) * job.D + d, totals[i * job.ld + d]);
-          else
-            write(out_x, i0 + i, totals[i] * sign);
+        std::fill_n(sums, kBlockRows + room, 0.0);
+        block(job, i0, count, sums, gradients, own_y, sums_y.get());
+        for (int64_t i = 0; i < count; ++i) {
+          if (out) static_cast<S*>(out)[i0 + i] = S(T(sums[i]));
+          if (gradient)
+            for (int64_t d = 0; d < job.D; ++d) write(out_x, (i0 + i) * job.D + d, gradients[i * job.ld + d]);
+        }
       }
     }
   });
@@ -289,9 +295,20 @@ Tensor forward(const Tensor& x, const Tensor& y, const Tensor& bandwidths, const
   const Options options = check("pairwise_kernel_sum", x, y, bandwidths, weights, kernel, exponent, offset, exclude_diagonal);
   Tensor out = torch::stable::new_empty(x, {x.size(0)});
   for_dtype(x.scalar_type(), [&](auto type) {
-    run<decltype(type), Sweep::forward>(nullptr, nullptr, x, y, options, out.mutable_data_ptr(), nullptr);
+    run<decltype(type), Sweep::forward>(nullptr, nullptr, x, y, options, out.mutable_data_ptr(), nullptr, nullptr);
   });
   return out;
+}
+
+std::tuple<Tensor, Tensor> with_gradient(const Tensor& x, const Tensor& y, const Tensor& bandwidths, const Tensor& weights, std::string kernel,
+                                         double exponent, double offset, bool exclude_diagonal) {
+  const Options options = check("pairwise_kernel_sum_with_gradient", x, y, bandwidths, weights, kernel, exponent, offset, exclude_diagonal);
+  Tensor out = torch::stable::new_empty(x, {x.size(0)});
+  Tensor gradient = torch::stable::new_empty(x, {x.size(0), x.size(1)}, accumulate_dtype(x.scalar_type()));
+  for_dtype(x.scalar_type(), [&](auto type) {
+    run<decltype(type), Sweep::with_gradient>(nullptr, nullptr, x, y, options, out.mutable_data_ptr(), gradient.mutable_data_ptr(), nullptr);
+  });
+  return {out, gradient};
 }
 
 Tensor backward(const Tensor& row, const Tensor& column, const Tensor& x, const Tensor& y, const Tensor& bandwidths, const Tensor& weights,
@@ -302,7 +319,7 @@ Tensor backward(const Tensor& row, const Tensor& column, const Tensor& x, const 
   check_cotangent(op, "column", column, "y", y);
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   for_dtype(x.scalar_type(), [&](auto type) {
-    run<decltype(type), Sweep::backward>(&row, &column, x, y, options, out.mutable_data_ptr(), nullptr);
+    run<decltype(type), Sweep::backward>(&row, &column, x, y, options, nullptr, out.mutable_data_ptr(), nullptr);
   });
   return out;
 }
@@ -314,7 +331,7 @@ std::tuple<Tensor, Tensor> backward_both(const Tensor& grad, const Tensor& x, co
   check_cotangent(op, "grad", grad, "x", x);
   Tensor of_x = torch::stable::new_empty(x, {x.size(0), x.size(1)}), of_y = torch::stable::new_empty(y, {y.size(0), y.size(1)});
   for_dtype(x.scalar_type(), [&](auto type) {
-    run<decltype(type), Sweep::both>(&grad, nullptr, x, y, options, of_x.mutable_data_ptr(), of_y.mutable_data_ptr());
+    run<decltype(type), Sweep::both>(&grad, nullptr, x, y, options, nullptr, of_x.mutable_data_ptr(), of_y.mutable_data_ptr());
   });
   return {of_x, of_y};
 }
@@ -325,6 +342,7 @@ std::tuple<Tensor, Tensor> backward_both(const Tensor& grad, const Tensor& x, co
 STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, library) {
   using namespace fastgan;
   library.impl("pairwise_kernel_sum", TORCH_BOX(&forward));
+  library.impl("pairwise_kernel_sum_with_gradient", TORCH_BOX(&with_gradient));
   library.impl("pairwise_kernel_sum_backward", TORCH_BOX(&backward));
   library.impl("pairwise_kernel_sum_backward_both", TORCH_BOX(&backward_both));
 }

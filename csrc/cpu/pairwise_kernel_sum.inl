@@ -197,7 +197,8 @@ __attribute__((noinline)) void gather(const T* slopes, const T* x, const T* y, i
   Vector<T> own[kTileRows][V], sums[kTileRows][V] = {};
   load_tile<T, V>(x, ld, own);
   for (int64_t begin = 0; begin < count; begin += kRun) {
-    Vector<T> run[2][kTileRows][V] = {};  // even and odd points apart, lest a sum waits for itself
+    constexpr int chains = V == 1 ? 2 : 1;  // as many sums as don't wait for themselves: even and odd points apart
+    Vector<T> run[chains][kTileRows][V] = {};
     const auto add = [&](int which, int64_t j) __attribute__((always_inline)) {
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
@@ -209,12 +210,12 @@ __attribute__((noinline)) void gather(const T* slopes, const T* x, const T* y, i
     };
     const int64_t end = begin + kRun < count ? begin + kRun : count;
     int64_t j = begin;
-    for (; j + 2 <= end; j += 2) add(0, j), add(1, j + 1);
+    for (; j + 2 <= end; j += 2) add(0, j), add(chains - 1, j + 1);
     if (j < end) add(0, j);
 #pragma GCC unroll 4
     for (int i = 0; i < kTileRows; ++i)
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) sums[i][v] += run[0][i][v] + run[1][i][v];
+      for (int v = 0; v < V; ++v) sums[i][v] += chains == 1 ? run[0][i][v] : run[0][i][v] + run[chains - 1][i][v];
   }
   add_tile<T, V>(sums, ld, totals);
 }
@@ -247,12 +248,13 @@ __attribute__((noinline)) void gather_both(const T* slopes, const T* x, const T*
   add_tile<T, 1>(sums, ld, totals);
 }
 
-// Points x from i0 on, kBlockRows of them or as many as there are. totals: (kBlockRows) or, of gradients, (kBlockRows, ld), zero.
+// Points x from i0 on, kBlockRows of them or as many as there are. values (kBlockRows) and totals (kBlockRows, ld), zero, get sums
+// of the kernel and gradients.
 // totals_y: (M, ld); this block's part is added. sums_y: scratch of (kColumns, ld).
 template <class T, Kernel kernel, Sweep sweep, bool fixed>
-void block(const Job<T>& job, int64_t i0, int64_t rows, double* totals, double* totals_y, T* sums_y) {
+void block(const Job<T>& job, int64_t i0, int64_t rows, double* values, double* totals, double* totals_y, T* sums_y) {
   using V = Vector<T>;
-  constexpr bool gradient = sweep != Sweep::forward;
+  constexpr bool value = sweep == Sweep::forward || sweep == Sweep::with_gradient, gradient = sweep != Sweep::forward;
   constexpr int N = kLanes<T>, p = p_of(kernel), directions = p == 0 ? 2 : 1;
   constexpr int64_t P = kPanel<T>;
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows, ld = job.ld;
@@ -267,27 +269,31 @@ void block(const Job<T>& job, int64_t i0, int64_t rows, double* totals, double* 
       const int64_t diagonal = i0 + t * kTileRows - j0;  // where the first row's own point is
       V sums[kTileRows] = {};
       for (int64_t j = 0; j < columns; j += N) {
-        V k[kTileRows];
+        V k[kTileRows], h[kTileRows];
 #pragma GCC unroll 4
-        for (int i = 0; i < kTileRows; ++i) k[i] = load(q + i * kColumns + j);
-        evaluate<T, kernel, gradient>(job.mixture, k);
-        if constexpr (gradient)
+        for (int i = 0; i < kTileRows; ++i) k[i] = h[i] = load(q + i * kColumns + j);
+        if constexpr (value) evaluate<T, kernel, false>(job.values, k);
+        if constexpr (gradient) evaluate<T, kernel, true>(job.slopes, h);
+        if constexpr (sweep == Sweep::backward || sweep == Sweep::both)
 #pragma GCC unroll 4
-          for (int i = 0; i < kTileRows; ++i) k[i] *= load(job.column + j0 + j) + broadcast(job.row[i0 + t * kTileRows + i]);
+          for (int i = 0; i < kTileRows; ++i) h[i] *= load(job.column + j0 + j) + broadcast(job.row[i0 + t * kTileRows + i]);
         if (columns - j < N)
-          for (int i = 0; i < kTileRows; ++i) k[i] = keep(k[i], first_lanes<T>(columns - j));
+          for (int i = 0; i < kTileRows; ++i) {
+            k[i] = keep(k[i], first_lanes<T>(columns - j));
+            h[i] = keep(h[i], first_lanes<T>(columns - j));
+          }
         if (job.exclude_diagonal && diagonal > j - kTileRows && diagonal < j + N)
-          for (int64_t i = diagonal < j ? j - diagonal : 0; i < kTileRows && diagonal + i < j + N; ++i) k[i][diagonal + i - j] = 0;
+          for (int64_t i = diagonal < j ? j - diagonal : 0; i < kTileRows && diagonal + i < j + N; ++i)
+            k[i][diagonal + i - j] = h[i][diagonal + i - j] = 0;
 #pragma GCC unroll 4
-        for (int i = 0; i < kTileRows; ++i)
-          if constexpr (gradient)
-            store(q + i * kColumns + j, k[i]);
-          else
-            sums[i] += k[i];
+        for (int i = 0; i < kTileRows; ++i) {
+          if constexpr (value) sums[i] += k[i];
+          if constexpr (gradient) store(q + i * kColumns + j, h[i]);
+        }
       }
-      if constexpr (!gradient) add_lane_sums<T, kTileRows>(sums, totals + t * kTileRows);
+      if constexpr (value) add_lane_sums<T, kTileRows>(sums, values + t * kTileRows);
     }
-    if constexpr (sweep == Sweep::backward)
+    if constexpr (gradient && sweep != Sweep::both)
       for (int64_t d = 0; d < job.D; d += directions * N)
         for (int64_t i = 0; i < rows; i += kTileRows)
           gather<T, p, directions>(tile + i * kColumns, job.x + (i0 + i) * ld + d, job.y + j0 * ld + d, ld, columns, totals + i * ld + d);

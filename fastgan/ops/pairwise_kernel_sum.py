@@ -9,14 +9,16 @@ r"""Sums of kernels between two sets of points, :math:`\sum_j k(x_i, y_j)`: the 
     energy               -||x - y|| / s                         -1 / (s ||x - y||), 0 at x = y     x_i - y_j
     polynomial           (x.y / s + offset)^a                   a / s (x.y / s + offset)^(a - 1)   y_j
 
-where a is ``exponent``, and the derivative of k(x_i, y_j) in x_i is h_ij u_ij, h = sum_b w_b h_b. Three operators::
+where a is ``exponent``, and the derivative of k(x_i, y_j) in x_i is h_ij u_ij, h = sum_b w_b h_b. Four operators::
 
     forward         f_i  = sum_j k(x_i, y_j)               j = i is left out with exclude_diagonal
     backward        dx_i = sum_j (r_i + c_j) h_ij u_ij     r (N,), c (M,)
+    with_gradient   f_i  and  sum_j h_ij u_ij              what the gradient of f_i in x_i is, from one pass over the pairs
     backward_both   dx_i = sum_j g_i h_ij u_ij and dy_j = sum_i g_i h_ij u_ji, from one pass over the pairs
 
 Every kernel is symmetric. With g the gradient of f that of x alone is therefore backward(g, 0, x, y), that of y alone
-backward(0, g, y, x), and where x and y are one tensor it is backward(g, g, x, x).
+backward(0, g, y, x), and where x and y are one tensor it is backward(g, g, x, x). Where x alone has a gradient, g_i scales what
+with_gradient has found already: nothing is computed twice.
 
 Sign(0) is 0. Equal infinities have distance NaN, others Inf.
 """
@@ -116,25 +118,50 @@ def backward_both_reference(grad, x, y, *options) -> tuple[Tensor, Tensor]:
     )
 
 
+def with_gradient_reference(x, y, *options) -> tuple[Tensor, Tensor]:
+    work = accumulate_dtype(x.dtype)
+    ones, zeros = x.new_ones(x.shape[0], dtype=work), x.new_zeros(y.shape[0], dtype=work)
+    return forward_reference(x, y, *options), backward_reference(ones, zeros, x.to(work), y.to(work), *options)
+
+
 def _setup_context(ctx, inputs, output):
     x, y, bandwidths, weights, *ctx.options = inputs
     ctx.one = x is y
     ctx.save_for_backward(x, y, bandwidths, weights)
 
 
+def _gradients(grad, x, y, one: bool, wanted, options) -> tuple:
+    if one:
+        return backward(grad, grad, x, x, *options), None
+    wanted_x, wanted_y, *_ = wanted
+    if wanted_x and wanted_y:
+        return backward_both(grad, x, y, *options)
+    of_x = backward(grad, grad.new_zeros(y.shape[0]), x, y, *options) if wanted_x else None
+    return of_x, backward(grad.new_zeros(y.shape[0]), grad, y, x, *options) if wanted_y else None
+
+
 def _forward_backward(ctx, grad):
     x, y, *mixture = ctx.saved_tensors
     options = *mixture, *ctx.options
-    wanted_x, wanted_y, *_ = ctx.needs_input_grad
-    of_x = of_y = None
-    if ctx.one:
-        of_x = backward(grad, grad, x, x, *options)
-    elif wanted_x and wanted_y:
-        of_x, of_y = backward_both(grad, x, y, *options)
-    elif wanted_x:
-        of_x = backward(grad, grad.new_zeros(y.shape[0]), x, y, *options)
+    return *_gradients(grad, x, y, ctx.one, ctx.needs_input_grad, options), *(None,) * len(options)
+
+
+def _with_gradient_setup(ctx, inputs, output):
+    _setup_context(ctx, inputs, output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.gradient = output[1].detach()
+
+
+def _with_gradient_backward(ctx, grad, _):
+    x, y, *mixture = ctx.saved_tensors
+    options = *mixture, *ctx.options
+    if grad is None:
+        of_x = of_y = None
+    elif torch.is_grad_enabled() or ctx.one or ctx.needs_input_grad[1]:  # what was found is a constant to a second derivative
+        of_x, of_y = _gradients(grad, x, y, ctx.one, ctx.needs_input_grad, options)
     else:
-        of_y = backward(grad.new_zeros(y.shape[0]), grad, y, x, *options)
+        of_x, of_y = (ctx.gradient * grad[:, None]).to(x.dtype), None
     return of_x, of_y, *(None,) * len(options)
 
 
@@ -156,4 +183,11 @@ backward_both = declare(
     f"pairwise_kernel_sum_backward_both(Tensor grad, Tensor x, Tensor y, {_OPTIONS}) -> (Tensor, Tensor)",
     reference=backward_both_reference,
     fake=lambda grad, x, y, *_: (x.new_empty(x.shape), y.new_empty(y.shape)),
+)
+with_gradient = declare(
+    f"pairwise_kernel_sum_with_gradient(Tensor x, Tensor y, {_OPTIONS}) -> (Tensor, Tensor)",
+    reference=with_gradient_reference,
+    fake=lambda x, *_: (x.new_empty(x.shape[0]), x.new_empty(x.shape, dtype=accumulate_dtype(x.dtype))),
+    setup_context=_with_gradient_setup,
+    backward=_with_gradient_backward,
 )
