@@ -78,7 +78,7 @@ def discrepancies() -> dict:
     if importlib.util.find_spec("geomloss"):
         from geomloss import SamplesLoss
 
-        # with KeOps, its other way, it takes a hundred times as long on a CPU
+        # with KeOps, its other way, it takes seconds on a CPU
         loss = SamplesLoss("gaussian", blur=s, backend="tensorized")
         found["geomloss"] = lambda x, y: 2 * loss(x, y)  # it halves the square
     return found
