@@ -116,6 +116,17 @@ def test_one_sample_against_itself(kernel):
     assert one.norm() > 0
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_gradient_of_one_argument_alone(kernel):
+    """Of x it is found with the sum, and is still that of both."""
+    x, y = points(23, 31)
+    g = torch.linspace(-1, 1, 23, dtype=x.dtype)
+    both = torch.autograd.grad(fastgan.pairwise_kernel_sum(x, y, kernel=kernel), (x, y), g)
+    for alone, wanted, expected in (((x, y.detach()), x, both[0]), ((x.detach(), y), y, both[1])):
+        (got,) = torch.autograd.grad(fastgan.pairwise_kernel_sum(*alone, kernel=kernel), wanted, g)
+        torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 @pytest.mark.parametrize("kernel", ["laplacian", "gaussian", "rational_quadratic", "energy"])
 def test_coincident_points(kernel, dtype):
@@ -177,9 +188,10 @@ def test_memory_is_linear():
 
 def test_a_second_derivative_is_refused_with_a_way_out():
     x, y = points(4, 5)
-    (g,) = torch.autograd.grad(fastgan.pairwise_kernel_sum(x, y).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate a composition of plain torch operators"):
-        torch.autograd.grad(g.square().sum(), x)
+    for other in (x, y, y.detach()):
+        (g,) = torch.autograd.grad(fastgan.pairwise_kernel_sum(x, other).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate a composition of plain torch operators"):
+            torch.autograd.grad(g.square().sum(), x)
     with pytest.raises(RuntimeError, match="no forward-mode derivative"):
         torch.func.jvp(lambda x: fastgan.pairwise_kernel_sum(x, y.detach()), (x.detach(),), (x.detach(),))
 
