@@ -8,6 +8,7 @@ from benchmarks import (
     minibatch_discrimination,
     minibatch_stddev,
     nearest_distances,
+    pairwise_kernel_sum,
     spectral_norm,
 )
 from benchmarks.case import OURS, run
@@ -16,6 +17,7 @@ CASES = [
     *minibatch_discrimination.CASES,
     *minibatch_stddev.CASES,
     *nearest_distances.CASES,
+    *pairwise_kernel_sum.CASES,
     *critic_step.CASES,
     *gradient_penalty.CASES,
     *spectral_norm.CASES,
