@@ -4,6 +4,7 @@
 """
 
 from fastgan import backends as backends
+from fastgan import compat as compat
 from fastgan import functional as functional
 from fastgan import losses as losses
 from fastgan import nn as nn
