@@ -14,6 +14,7 @@ from fastgan._version import __version__ as __version__
 from fastgan.backends import use_backend as use_backend
 from fastgan.critic import CriticStep as CriticStep
 from fastgan.dropin import accelerate as accelerate
+from fastgan.dropin import audit as audit
 from fastgan.dropin import restore as restore
 from fastgan.functional import critic_step as critic_step
 from fastgan.functional import dragan_penalty as dragan_penalty

@@ -378,8 +378,8 @@ def test_where_the_project_is_wrong_the_default_warns_once(call, monkeypatch):
 def test_top_level_names():
     assert fastgan.compat is compat
     names = """calc_gradient_penalty compute_gradient_penalty cal_gradient_penalty cal_grad_penalty cal_dra_penalty
-    cal_maxgrad_penalty cal_r1_reg stylegan_cal_r1_reg d_r1_loss r1_reg compute_grad2 ZeroCenteredGradientPenalty gradient_penalty
-    WGANGPGradientPenalty logisticGradientPenalty gradient_penalty_loss r1_gradient_penalty_loss"""
+    cal_maxgrad_penalty cal_r1_reg stylegan_cal_r1_reg d_r1_loss r1_reg compute_grad2 gradient_penalty
+    ZeroCenteredGradientPenalty WGANGPGradientPenalty logisticGradientPenalty gradient_penalty_loss r1_gradient_penalty_loss"""
     for name in names.split():
         assert getattr(compat, name).__doc__
         assert name in compat.__doc__

@@ -2,4 +2,6 @@
 
 from fastgan.dropin.accelerate import accelerate as accelerate
 from fastgan.dropin.accelerate import restore as restore
+from fastgan.dropin.audit import audit as audit
+from fastgan.dropin.findings import Finding as Finding
 from fastgan.dropin.report import Report as Report
