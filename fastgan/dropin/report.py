@@ -1,5 +1,7 @@
 """What was done to a model, as data and as a table of plain text."""
 
+import itertools
+import textwrap
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,14 +22,17 @@ class Skipped(NamedTuple):
     why: str
 
 
-def table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """Lines of columns, the last of which may be of any width."""
-    widths = [max(len(row[i]) for row in [headings, *rows]) for i in range(len(headings) - 1)]
-    lines = [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])
-        for row in [headings, *rows]
-    ]
-    return [lines[0], "  ".join(["-" * width for width in widths] + ["-" * len(headings[-1])]), *lines[1:]]
+def table(headings: tuple[str, ...], rows: list[tuple[str, ...]], widest: int = 48) -> list[str]:
+    """Lines of columns; a cell longer than ``widest`` goes on below itself."""
+    wrapped = [[textwrap.wrap(cell, widest) or [""] for cell in row] for row in [headings, *rows]]
+    widths = [max(len(line) for row in wrapped for line in row[i]) for i in range(len(headings))]
+    lines = []
+    for row in wrapped:
+        for cells in itertools.zip_longest(*row, fillvalue=""):
+            lines.append("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
+    rule = "  ".join("-" * width for width in widths)
+    head = max(len(cell) for cell in wrapped[0])
+    return [*lines[:head], rule, *lines[head:]]
 
 
 def _grouped(entries) -> list[tuple[str, ...]]:
