@@ -40,9 +40,11 @@ def audit(critic=None, *example_inputs, penalty=None) -> Findings:
     output = None
     if critic is not None:
         found += audit_critic.structure(critic)
-        with contextlib.suppress(ValueError):
-            example_inputs = probe.example_for(critic, example_inputs or None)
-        if example_inputs:
+        sharded = any(f.what == "sharded critic" for f in found)
+        if not sharded:
+            with contextlib.suppress(ValueError):
+                example_inputs = probe.example_for(critic, example_inputs or None)
+        if example_inputs and not sharded:
             output, behaviour = audit_critic.behaviour(
                 critic, example_inputs, any(f.what.startswith("batch norm") for f in found)
             )

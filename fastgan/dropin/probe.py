@@ -34,8 +34,10 @@ def example_for(model: nn.Module, example_inputs) -> tuple:
 
 def _guesses(model):
     for module in model.modules():
-        weight = getattr(module, "weight", None) if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) else None
-        if not isinstance(weight, torch.Tensor):
+        if not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+            continue
+        weight = next(module.parameters(), None)  # not .weight, which a parametrization computes, and moves u and v
+        if weight is None:
             continue
         if isinstance(module, nn.Linear):
             yield (8, module.in_features), weight
