@@ -485,9 +485,25 @@ def test_own_penalty_code_costs_ten_units_instead_of_twelve(name):
     assert alone[0] <= 4.1 and alone[1] > 5.5, alone
 
 
-@pytest.mark.parametrize("name", [*critics.SHARED, *critics.CURVED, *critics.COUPLED])
+FURTHER = {
+    "abs of a spectrum": lambda: critics.with_layer(critics.Lambda(lambda x: torch.fft.rfft2(x).abs())),
+    "avg pool in one dimension": lambda: critics.with_layer(nn.Sequential(nn.Flatten(2), nn.AvgPool1d(3), nn.MaxPool1d(2))),
+    "threshold and shrink": lambda: critics.with_layer(nn.Sequential(nn.Threshold(0.1, 0.0), nn.Softshrink(0.2))),
+    "replication pad": lambda: critics.with_layer(nn.Sequential(nn.ReplicationPad2d(2), nn.FractionalMaxPool2d(2, 4))),
+    "adaptive max pool": lambda: critics.with_layer(nn.AdaptiveMaxPool2d(3)),
+    "3-D": lambda: critics.with_layer(
+        nn.Sequential(nn.Unflatten(1, (2, 3)), nn.ReplicationPad3d(1), nn.MaxPool3d(2), nn.AdaptiveAvgPool3d(2))
+    ),
+    "nested": lambda: nn.Sequential(
+        nn.Sequential(critics.conv(3, 4), nn.Sequential(nn.ReLU())), nn.Sequential(nn.Sequential(critics.head(4), nn.ReLU()))
+    ),
+}
+EVERY = critics.SHARED | critics.CURVED | critics.COUPLED | {f"further: {name}": make for name, make in FURTHER.items()}
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_every_kind_of_layer(name):
-    make = (critics.SHARED | critics.CURVED | critics.COUPLED)[name]
+    make = EVERY[name]
     torch.manual_seed(0)
     ours = make().double()
     torch.manual_seed(0)
@@ -630,6 +646,25 @@ def test_the_critic_step_shares_as_before():
             step.loss.backward()
             assert step.method == "fused", step.why
         assert reference.error(reference.grads(ours), reference.grads(plain)) <= 1e-11, k
+
+
+def test_the_critic_step_compiles_as_before():
+    ours, plain, _ = twins(lambda: critics.DCGAN(4, 16))
+    data = pair((4, 3, 16, 16))
+    for _ in range(3):
+        for m in (ours, plain):
+            m.zero_grad()
+            fastgan.critic_step(m, *data, r1=1.0, loss="hinge", compile="eager").loss.backward()
+        assert reference.error(reference.grads(ours), reference.grads(plain)) <= 1e-11
+
+
+def test_anomaly_detection_and_saved_tensor_hooks():
+    ours, plain, _ = twins(Functional)
+    with (
+        torch.autograd.set_detect_anomaly(True, check_nan=True),
+        torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone),
+    ):
+        assert_same_step(ours, plain, wgan_gp, pair())
 
 
 def test_path_length_of_a_generator():

@@ -17,8 +17,8 @@ from fastgan.dropin.swap import Swap
 from fastgan.functional import minibatch_discrimination, minibatch_stddev
 from fastgan.nn import MinibatchDiscrimination, MinibatchStdDev
 
-_GROUP_NAMES = ("group_size", "stddev_group", "subgroupsize", "sub_group_size", "mbstd_group_size")
-_CHANNEL_NAMES = ("num_channels", "channel_groups", "stddev_feat", "num_new_features", "mbstd_num_channels")
+_GROUP_NAMES = ("group_size", "groups", "stddev_group", "subgroupsize", "sub_group_size", "mbstd_group_size")
+_CHANNEL_NAMES = ("num_channels", "new_channels", "channel_groups", "stddev_feat", "num_new_features", "mbstd_num_channels")
 
 
 def _stddev(layer, x, *, group, channels, **options):
@@ -121,6 +121,8 @@ def _looks_like(module) -> str | None:
 
 def _recognise(module, kind) -> dict | str:
     """The options that reproduce the layer, or why there are none."""
+    if "forward" in vars(module):
+        return "its forward has been replaced on the instance, by which its class's is passed over"
     if next(module.children(), None) is not None:
         return "consists of other modules, whose hooks and weights would be passed over"
     across = [k for k, v in vars(module).items() if v is True and ("sync" in k or "gather" in k)]

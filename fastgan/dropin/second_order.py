@@ -137,8 +137,8 @@ def _cut(expected, below):
         if not torch.is_grad_enabled() or sent[0] is None:
             return None
         n2 = sent[0].grad_fn
-        if n2 is None or not n2.name().startswith(expected) or _special():
-            return None
+        if n2 is None or not n2.name().startswith(expected) or sent[0].is_complex() or _special():
+            return None  # of complex numbers, abs is curved
         weight = n2._saved_weight if expected.startswith("Prelu") else None
         return _OneEdgeLess.apply(n2, sent[0].detach(), arrived[0], weight, *below), *sent[1:]
 
