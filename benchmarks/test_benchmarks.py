@@ -2,13 +2,14 @@
 
 import pytest
 
-from benchmarks import critic_step, gradient_penalty, minibatch_discrimination, minibatch_stddev, spectral_norm
+from benchmarks import accelerate, critic_step, gradient_penalty, minibatch_discrimination, minibatch_stddev, spectral_norm
 from benchmarks.case import OURS, run
 
 CASES = [
     *minibatch_discrimination.CASES,
     *minibatch_stddev.CASES,
     *critic_step.CASES,
+    *accelerate.CASES,
     *gradient_penalty.CASES,
     *spectral_norm.CASES,
 ]
