@@ -319,6 +319,15 @@ def test_copies_are_accelerated_and_can_be_restored(way):
     wgan_gp(plain, *pair(seed=3)), wgan_gp(copied, *pair(seed=3))
 
 
+def test_copies_between_torchs_last_forward_and_our_first():
+    model = without_parametrizations()
+    model(torch.randn(4, 3, 8, 8))
+    fastgan.accelerate(model)
+    copied = copy.deepcopy(model)  # torch's hook leaves a weight that belongs to a graph
+    assert torch.equal(copied.a.weight_orig, model.a.weight_orig)
+    copied(torch.randn(4, 3, 8, 8)).sum().backward()
+
+
 def test_checkpoints_go_both_ways_with_weights_only():
     ours, plain, _ = twins(Everything)
     wgan_gp(ours, *pair())
@@ -455,6 +464,18 @@ class Functional(nn.Module):
         return self.c(F.max_pool2d(F.leaky_relu(self.b(x), 0.2, inplace=True), 2).flatten(1))
 
 
+class Tail(nn.Module):
+    """Ends with the output of a module within, which sees only a part of the graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = critics.conv(3, 8)
+        self.tail = nn.Sequential(critics.conv(8, 8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 1))
+
+    def forward(self, x):
+        return self.tail(F.relu(self.first(x)))
+
+
 def mlp(a, b):
     return nn.Sequential(
         nn.Linear(a, b), nn.LeakyReLU(0.2), nn.Dropout(0.5), nn.Linear(b, b), nn.LeakyReLU(0.2), nn.Linear(b, 1)
@@ -466,6 +487,7 @@ COUNTED = {
     "sngan": (lambda: critics.SNGAN(8), (6, 3, 32, 32)),
     "r3gan-like": (lambda: critics.R3GAN(8), (6, 3, 32, 32)),
     "functional": (Functional, (6, 3, 8, 8)),
+    "tail": (Tail, (6, 3, 8, 8)),
     "ctgan": (lambda: mlp(40, 32), (6, 40)),
 }  # fmt: skip
 
@@ -514,6 +536,17 @@ def test_every_kind_of_layer(name):
     fastgan.accelerate(ours)
     for step in STEPS:
         assert_same_step(ours, plain, step, data, 1e-9)
+
+
+def test_only_what_nothing_else_reaches_is_given_zeros(monkeypatch):
+    given = []
+    cut = second_order._cut
+    monkeypatch.setattr(second_order, "_cut", lambda expected, below: given.append(below) or cut(expected, below))
+    model = critics.SNGAN(4, parametrizations.spectral_norm).double()
+    fastgan.accelerate(model)
+    penalty_alone(model, *pair((4, 3, 32, 32)))
+    shapes = [tuple(t.shape) for below in given for t in below]
+    assert shapes.count((4, 3, 32, 32)) >= 1 and set(shapes) == {(4,), (4, 3, 32, 32)}  # biases and the input: no weights
 
 
 def test_labels_and_branches_without_the_input():
