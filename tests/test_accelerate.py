@@ -17,7 +17,8 @@ from torch.nn.utils import parametrizations, spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 import fastgan
-from fastgan.dropin import layers, second_order
+from fastgan.critic import second_order
+from fastgan.dropin import layers
 
 torch.set_num_threads(1)
 
@@ -114,6 +115,16 @@ class ModMBStddevLayer(nn.Module):
         return torch.cat([x, y.repeat(g, 1, h, w)], 1)
 
 
+def zoo_stddev(x, group):
+    b, _, h, w = x.shape
+    g = min(b, group)
+    g = b if b % g else g
+    if g == 1:
+        return torch.cat([x, torch.zeros_like(x[:, :1])], 1)
+    y = (torch.var(x.reshape(b // g, g, -1), 1) + 1e-8).sqrt().mean(1)
+    return torch.cat([x, y.repeat_interleave(g)[:, None, None, None].expand(b, 1, h, w)], 1)
+
+
 class MiniBatchStdDev(nn.Module):
     """pytorch_GAN_zoo's function as a layer: runs of samples, unbiased, the whole batch where they don't divide."""
 
@@ -122,13 +133,7 @@ class MiniBatchStdDev(nn.Module):
         self.subGroupSize = subGroupSize
 
     def forward(self, x):
-        b, _, h, w = x.shape
-        g = min(b, self.subGroupSize)
-        g = b if b % g else g
-        if g == 1:
-            return torch.cat([x, torch.zeros_like(x[:, :1])], 1)
-        y = (torch.var(x.reshape(b // g, g, -1), 1) + 1e-8).sqrt().mean(1)
-        return torch.cat([x, y.repeat_interleave(g)[:, None, None, None].expand(b, 1, h, w)], 1)
+        return zoo_stddev(x, self.subGroupSize)
 
 
 LAYERS = {
@@ -387,6 +392,38 @@ def test_attributes_of_a_layer_stay_in_force():
     layer.group_size = 2
     x = torch.randn(8, 4, 3, 3)
     torch.testing.assert_close(layer(x), MinibatchStdLayer(2)(x))
+
+
+class MiniBatchSTDLayer(nn.Module):
+    """Its group under a name that nobody knows, and a way of its own to be pickled."""
+
+    def __init__(self, how_many=2):
+        super().__init__()
+        self.how_many = how_many
+
+    def forward(self, x):
+        return zoo_stddev(x, self.how_many)
+
+    def __reduce__(self):
+        return MiniBatchSTDLayer, (self.how_many,)
+
+
+def test_unknown_names_and_pickles_of_their_own():
+    layer = MiniBatchSTDLayer(2)
+    report = fastgan.accelerate(nn.Sequential(layer))
+    assert any("contiguous" in r.by for r in report.replaced), report
+    x = torch.randn(6, 4, 3, 3)
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        torch.testing.assert_close(copied(x), layer(x))
+        fastgan.restore(copied)
+
+
+def test_a_forward_replaced_on_the_instance_stays():
+    layer = MinibatchStdLayer(4)
+    layer.forward = lambda x: x
+    assert "on the instance" in fastgan.accelerate(layer).skipped[0].why
+    x = torch.randn(4, 4, 3, 3)
+    assert layer(x) is x
 
 
 class MinibatchStdOdd(MinibatchStdLayer):
@@ -666,6 +703,23 @@ def test_autocast(dtype):
     wgan_gp(exact, *pair())
     want = reference.grads(exact)
     assert reference.error(reference.grads(ours), want) <= 2 * reference.error(reference.grads(plain), want) + 1e-6
+
+
+def test_grad_scaler():
+    ours, plain, _ = twins(Everything)
+    results = []
+    for model in (ours, plain):
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        x = torch.lerp(*pair(), 0.3).requires_grad_()
+        (g,) = torch.autograd.grad(scaler.scale(model(x).sum()), x, create_graph=True)
+        g = g / scaler.get_scale()
+        scaler.scale(g.square().flatten(1).sum(1).mean() + model(pair()[0]).mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        results.append(list(model.parameters()))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_the_critic_step_shares_as_before():

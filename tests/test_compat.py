@@ -335,6 +335,25 @@ def test_gan_zoo_runs_backward_only_when_asked():
     assert D.features[0].weight.grad is not None
 
 
+def test_gan_zoos_stddev():
+    x = torch.randn(8, 3, 4, 4, dtype=torch.float64)
+    std = (x.view(2, 4, 3, 4, 4).var(1) + 1e-8).sqrt().mean((1, 2, 3))
+    expected = torch.cat([x, std.repeat_interleave(4)[:, None, None, None].expand(8, 1, 4, 4)], 1)
+    torch.testing.assert_close(compat.gan_zoo.miniBatchStdDev(x), expected)
+
+
+def test_backward_as_these_trainers_call_it():
+    D, E = Critic().double(), Critic().double()
+    E.load_state_dict(D.state_dict())
+    for critic, keep in ((D, True), (E, False)):
+        seed()
+        loss = critic(images()[1]).mean()
+        penalty = compat.calc_gradient_penalty(critic, *images())
+        penalty.backward(retain_graph=keep)
+        loss.backward()
+    assert reference.error(reference.grads(D), reference.grads(E)) == 0
+
+
 def test_gigagan_scaled():
     D = Critic("two scales")
     x = images()[0].float().requires_grad_()

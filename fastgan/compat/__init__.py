@@ -10,7 +10,7 @@ module                       functions                                          
 ``cyclegan``                 ``cal_gradient_penalty``                            here; returns (penalty, gradients)
 ``gan_stability``            ``compute_grad2``                                   here; returns (B,)
 ``gan_zoo``                  ``WGANGPGradientPenalty``,                          here; run backward themselves, return floats
-                             ``logisticGradientPenalty``
+                             ``logisticGradientPenalty``, ``miniBatchStdDev``
 ``gigagan``                  ``gradient_penalty``                                outputs of several scales
 ``lucidrains``               ``gradient_penalty``                                here
 ``mmgen``                    ``gradient_penalty_loss``,                          here; ``norm_mode``

@@ -1,7 +1,8 @@
-"""pytorch_GAN_zoo: penalties that run backward themselves and return Python floats."""
+"""pytorch_GAN_zoo: penalties that run backward themselves and return Python floats, and its minibatch standard deviation."""
 
 from fastgan.compat._common import at, mix, per_sample_alpha
 from fastgan.critic.reduction import Form
+from fastgan.functional import minibatch_stddev
 
 
 def _first_column(scores):
@@ -32,3 +33,11 @@ def logisticGradientPenalty(input, discrimator, weight, backward=True):
     """
     form = Form("zero_centered", 2.0 * float(weight))
     return _finished(at(discrimator, input, form, score_fn=_first_column), backward)
+
+
+def miniBatchStdDev(x, subGroupSize=4):
+    """x (B, C, H, W) with one channel more: the unbiased standard deviation over runs of ``subGroupSize`` samples.
+
+    Of the whole batch where they don't divide it; zeros for a single sample. Karras et al. 2017, section 3.
+    """
+    return minibatch_stddev(x, group_size=subGroupSize, layout="contiguous", unbiased=True, remainder="whole")

@@ -12,6 +12,7 @@ import torch.autograd.forward_ad as forward_ad
 
 from fastgan._dtypes import HALF, accumulate_dtype
 
+from . import second_order
 from .analyse import Graph, analyse, op_name
 from .forward_mode import WRONG_TANGENTS, Composed
 from .reduction import penalty_value
@@ -24,6 +25,8 @@ def weighted_sum(scores, weights):
 
 def input_gradient(forward, weights, scale=1.0, create_graph=False):
     """Gradient of the weighted sum of scores with respect to the input; float32 if scaled."""
+    if create_graph and not forward.traced:
+        second_order.note(forward.scores, [forward.x])
     total = weighted_sum(forward.scores, weights)
     if not total.requires_grad:
         raise RuntimeError("the critic's scores do not depend on its input: there is no gradient to penalise")

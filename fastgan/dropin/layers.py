@@ -195,7 +195,8 @@ def _named(module, names):
 def _stddev_candidates(module):
     if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
         raise ValueError("it has parameters or buffers, which no such layer has")
-    groups = _named(module, _GROUP_NAMES) or [4, None]
+    numbers = [key for key, value in vars(module).items() if type(value) is int and value > 0]
+    groups = _named(module, _GROUP_NAMES) or [*numbers, 4, None]
     channels = _named(module, _CHANNEL_NAMES) or [1]
     eps = next((value for key, value in vars(module).items() if key in ("eps", "epsilon")), 1e-8)
     candidates = [
@@ -206,8 +207,7 @@ def _stddev_candidates(module):
     ]
     value = lambda v: getattr(module, v) if isinstance(v, str) else v  # noqa: E731
     g, f = value(groups[0]) or 4, value(channels[0])
-    like = torch.empty(0)
-    return candidates, [_batch(b, 2 * f, 3, 2, like=like) for b in (3 * g, g, g + 1, 1)]
+    return candidates, [_batch(b, 2 * f, 3, 2, like=torch.empty(0)) for b in (3 * g, g, g + 1, 1)]
 
 
 def _discrimination_candidates(module):
