@@ -652,6 +652,31 @@ def test_third_derivatives():
     assert reference.error(third(ours), third(plain)) <= 1e-11
 
 
+def test_after_an_error_in_a_forward():
+    ours, plain, _ = twins(Functional)
+    with pytest.raises(RuntimeError):
+        ours(torch.zeros(4, 3, 6, 6, dtype=torch.float64))
+    unit = flops(lambda: plain(pair()[0]))
+    assert_same_step(ours, plain, penalty_alone, pair())
+    assert flops(lambda: penalty_alone(ours, *pair())) < flops(lambda: penalty_alone(plain, *pair())) - unit
+
+
+def test_parts_called_by_themselves_and_the_same_input_again():
+    make = lambda: nn.ModuleDict({"a": nn.Sequential(nn.ReLU(), nn.Linear(6, 5), nn.ReLU()), "b": mlp(5, 4)})  # noqa: E731
+    ours, plain, _ = twins(make)
+    kept = [torch.linspace(-1, 1, 18, dtype=torch.float64).view(3, 6).requires_grad_() for _ in range(2)]
+    for _ in range(2):
+        for model, x in zip((ours, plain), kept, strict=True):
+            model.zero_grad()
+            x.grad = None
+            torch.manual_seed(0)
+            (g,) = torch.autograd.grad(model["b"](model["a"](x)).sum(), x, create_graph=True)
+            g.square().sum().backward()
+        assert [p.grad is None for p in ours.parameters()] == [p.grad is None for p in plain.parameters()]
+        assert reference.error(reference.grads(ours), reference.grads(plain)) <= 1e-12
+        torch.testing.assert_close(kept[0].grad, kept[1].grad)
+
+
 def test_nothing_is_kept_alive():
     model = Everything().double()
     fastgan.accelerate(model)

@@ -11,10 +11,11 @@ graph consists of stay as they are. Parameters that nothing but those zeros woul
 that ``.grad`` is None or 0 for the same parameters as without.
 """
 
+import threading
+
 import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
-from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 
@@ -144,19 +145,21 @@ def _special() -> bool:
 class _Region:
     """The graph between a module's outputs and its inputs."""
 
-    def __init__(self, read, inputs):
+    def __init__(self, read, emits, inputs):
         #: what the output's node reads. Nothing here refers to that node itself, which would keep itself alive.
         self.read = read
-        #: what is below the output, if its node is an emitter: a list that its hook has too
-        self.below_output = []
+        #: whether that node is an emitter, and what is below it then: a list that its hook has too
+        self.emits, self.below_output = emits, []
         #: edge -> input tensor
         self.inputs = inputs
+        self.looked = False
 
     def __call__(self, grads):
-        if torch.is_grad_enabled() and not _special() and not all(n is None or _SEEN in n.metadata for n, _ in self.read):
+        if not self.looked and torch.is_grad_enabled() and not _special():
             self.look()
 
     def look(self):
+        self.looked = True
         edges = self.edges = {}  # node -> what it reads; parents before children, reversed below
         order, stack = [], [n for n, nr in self.read if n is not None and (n, nr) not in self.inputs]
         while stack:
@@ -172,12 +175,16 @@ class _Region:
             if any(edge in self.inputs or edge[0] in dependent for edge in edges[node]):
                 dependent.add(node)
         self.ops = {node: _op(node.name()) for node in dependent}
-        self.below_output[:] = self.below(self.read[0])
-        for node in order:
-            if _SEEN in node.metadata:
+        if self.emits:
+            self.below_output[:] = self.below(self.read[0])
+        for node in self.ops:
+            metadata = node.metadata
+            if _SEEN in metadata:
                 continue
-            node.metadata[_SEEN] = True
-            op, within = self.ops.get(node), node.metadata.get(_NOTE)
+            metadata[_SEEN] = True
+            op, within = self.ops[node], metadata.get(_NOTE)
+            if within is not None:
+                within.looked = True
             if op in _EMITTERS:
                 below = self.below(edges[node][0])
                 if within is None:
@@ -212,14 +219,40 @@ class _Region:
         return found
 
 
-def _tensors(tree):
-    return [t for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
+def _tensors(tree) -> list:
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (tuple, list)):
+        return []
+    return [t for part in tree for t in _tensors(part)]
+
+
+class _Calls(threading.local):
+    """How many calls of modules with these hooks are going on, one within the other."""
+
+    depth = 0
+
+
+_calls = _Calls()
+
+
+def enter(module: nn.Module, args) -> None:
+    """Forward pre-hook of a module with :func:`note_at_output`, before all others."""
+    if not torch.compiler.is_compiling():
+        _calls.depth += 1
 
 
 def note_at_output(module: nn.Module, args, kwargs, output) -> None:
-    """As a forward hook of a module, with its keyword arguments."""
-    if torch.is_grad_enabled() and not _special():
-        note(_tensors(output), [t for t in _tensors((args, kwargs)) if t.requires_grad])
+    """As a forward hook of a module, with its keyword arguments and after errors too: the outermost call's output is noted."""
+    if torch.compiler.is_compiling():
+        return
+    _calls.depth = depth = max(0, _calls.depth - 1)
+    if depth == 0 and torch.is_grad_enabled():
+        inputs = [t for t in _tensors(args) + _tensors(kwargs) if t.requires_grad]
+        if inputs:
+            note(_tensors(output), inputs)
 
 
 def note(outputs: list, inputs: list) -> None:
@@ -229,15 +262,15 @@ def note(outputs: list, inputs: list) -> None:
     edges = _edges_of(inputs)
     for node in {t.grad_fn for t in outputs} - {None}:
         known = node.metadata.get(_NOTE)
-        if known is not None:  # also the output of a module within
+        if known is not None:  # also the output of another call
             known.inputs = edges
         elif node.next_functions and not any(edge[0] is node for edge in edges):
-            node.metadata[_NOTE] = region = _Region(node.next_functions, edges)
+            op = _op(node.name())
+            node.metadata[_NOTE] = region = _Region(node.next_functions, op in _EMITTERS, edges)
             node.register_prehook(region)
-            expected = _EMITTERS.get(_op(node.name()))
-            if expected:
-                node.register_hook(_cut(expected, region.below_output))
-            elif _op(node.name()) == "Convolution":
+            if region.emits:
+                node.register_hook(_cut(_EMITTERS[op], region.below_output))
+            elif op == "Convolution":
                 node.register_hook(_faster_convolution)
 
 

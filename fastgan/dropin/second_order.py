@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastgan.critic.second_order import note_at_output
+from fastgan.critic.second_order import enter, note_at_output
 from fastgan.dropin.report import Replaced
 from fastgan.dropin.swap import Swap, belongs_to_parametrizations
 
@@ -35,7 +35,8 @@ def find(model: nn.Module):
 
     def apply():
         for module in calls:
-            module.register_forward_hook(note_at_output, with_kwargs=True)
+            module.register_forward_pre_hook(enter, prepend=True)
+            module.register_forward_hook(note_at_output, with_kwargs=True, always_call=True)
 
     def undo():
         for module in calls:
@@ -49,6 +50,8 @@ def unhook(module: nn.Module) -> None:
     for key in [key for key, hook in module._forward_hooks.items() if hook is note_at_output]:
         for hooks in (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called):
             hooks.pop(key, None)
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is enter]:
+        module._forward_pre_hooks.pop(key, None)
 
 
 def modules_served(model: nn.Module) -> list[Replaced]:
