@@ -474,6 +474,17 @@ def test_spectral_norms_that_stay_torchs():
     assert "subclass" in report.skipped[0].why and report.skipped[0].name == "0"
 
 
+def test_what_else_is_left_and_why():
+    class SNLinear(nn.Linear):
+        """Normalises its weight itself, as model zoos do."""
+
+    report = fastgan.accelerate(nn.ModuleList([SNLinear(3, 3), torch.compile(nn.Sequential(nn.Linear(3, 3)))]))
+    assert [(s.name, s.why.partition(":")[0].partition(";")[0]) for s in report.skipped] == [
+        ("0", "another library's spectral norm"),
+        ("1", "compiled already, and runs what was compiled"),
+    ]
+
+
 def test_restore_refuses_while_a_group_serves():
     model = Everything()
     fastgan.accelerate(model)

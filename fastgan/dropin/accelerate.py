@@ -25,7 +25,7 @@ def accelerate(model: nn.Module, *, verify: bool = False, example_inputs=None) -
 
     Every parameter stays the same object, so optimizers need no telling. Names, buffers and state_dict keys stay;
     ``deepcopy``, pickle and ``torch.save`` work as before. :func:`restore` takes everything back. Call it before
-    ``torch.compile``.
+    ``torch.compile``; ``torch.jit.script``, which compiles hooks too, wants the model restored.
 
     Args:
         model: any module: a critic, a generator, a module that holds both. May be wrapped in DistributedDataParallel.
@@ -47,7 +47,7 @@ def accelerate(model: nn.Module, *, verify: bool = False, example_inputs=None) -
     swaps = []
     for found in [*spectral.find(model), *layers.find(model), *second_order.find(model)]:
         (swaps if isinstance(found, Swap) else report.skipped).append(found)
-    report.skipped += _other_spectral(model)
+    report.skipped += [*_other_spectral(model), *_compiled(model)]
     before = probe.observe(model, inputs) if verify else None
     for swap in swaps:
         swap.apply()
@@ -93,6 +93,11 @@ def _other_spectral(model) -> list[Skipped]:
         for name, module in model.named_modules()
         if hasattr(module, _OTHER_SPECTRAL.get(type(module).__name__, "?"))
     ]
+
+
+def _compiled(model) -> list[Skipped]:
+    why = "compiled already, and runs what was compiled: accelerate the model first, then torch.compile it"
+    return [Skipped(name, type(m).__name__, why) for name, m in model.named_modules() if hasattr(m, "_orig_mod")]
 
 
 def restore(model: nn.Module) -> nn.Module:
