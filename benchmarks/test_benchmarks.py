@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks import (
+    accelerate,
     critic_step,
     gradient_penalty,
     minibatch_discrimination,
@@ -19,6 +20,7 @@ CASES = [
     *nearest_distances.CASES,
     *pairwise_kernel_sum.CASES,
     *critic_step.CASES,
+    *accelerate.CASES,
     *gradient_penalty.CASES,
     *spectral_norm.CASES,
 ]

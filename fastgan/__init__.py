@@ -4,6 +4,7 @@
 """
 
 from fastgan import backends as backends
+from fastgan import compat as compat
 from fastgan import functional as functional
 from fastgan import losses as losses
 from fastgan import nn as nn
@@ -12,6 +13,9 @@ from fastgan import penalties as penalties
 from fastgan._version import __version__ as __version__
 from fastgan.backends import use_backend as use_backend
 from fastgan.critic import CriticStep as CriticStep
+from fastgan.dropin import accelerate as accelerate
+from fastgan.dropin import audit as audit
+from fastgan.dropin import restore as restore
 from fastgan.functional import critic_step as critic_step
 from fastgan.functional import dragan_penalty as dragan_penalty
 from fastgan.functional import energy_distance as energy_distance

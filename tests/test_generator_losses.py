@@ -1,4 +1,4 @@
-"""Distances between samples as generator losses: GANs on handwritten digits, judged by a distance that they are not trained on."""
+"""Distances between samples as generator losses: GANs on handwritten digits, judged by another distance."""
 
 import pytest
 import torch
@@ -71,6 +71,6 @@ def distance_after(gan, steps, sign=1.0):
 
 @pytest.mark.parametrize("gan", [MMDGan, FeatureMatchingGan])
 def test_generators_learn_the_digits(gan):
-    """Real digits are 0.015 from real ones, untrained samples 6 to 7. A loss whose gradient points the wrong way ends up at 15."""
+    """Real digits are 0.015 from real ones, untrained samples 6 to 7. With the gradient turned round it is 15."""
     assert distance_after(gan, 60) < 0.8
     assert distance_after(gan, 15, sign=-1.0) > 4
