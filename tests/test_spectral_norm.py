@@ -725,6 +725,23 @@ def test_largest_singular_value(backend):
         fastgan.functional.largest_singular_value(weight.float(), weight[:, 0, 0], v[:15])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape, dim", [((13, 1100), 0), ((9, 4103), 0), ((8, 600), 0), ((3, 17, 650), 1), ((2, 5, 1025), 1)])
+def test_columns_first_at_the_edges_of_tiles(backend, shape, dim, dtype):
+    """Wide tiles, their last columns, and rows beyond the last eight: v = W^T u, then u = W v."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    matrix = weight.movedim(dim, 0).flatten(1)
+    u = torch.randn(len(matrix), generator=generator, dtype=torch.float64)
+    v = matrix.T @ u / (matrix.T @ u).norm()
+    want = matrix @ v / (matrix @ v).norm(), v, (matrix @ v).norm()
+    found = fastgan.functional.largest_singular_value(
+        weight.to(dtype), u.to(dtype), torch.full_like(v, torch.nan, dtype=dtype), dim=dim, v_first=True
+    )
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-12 if dtype == torch.float64 else 2e-5, atol=1e-7)
+
+
 def biggan_iteration(matrix, u):
     """The definition, one vector and one projection at a time."""
     us, vs, sigmas = [], [], []

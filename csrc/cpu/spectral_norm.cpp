@@ -25,6 +25,7 @@ namespace fastgan {
 namespace {
 
 constexpr int kTileBytes = 256;
+constexpr int kWideBytes = 2048;
 
 }  // namespace
 }  // namespace fastgan
@@ -243,7 +244,11 @@ template <class S> struct Forward {
     return empty;
   }
 
-  int64_t tile_width() const { return kTileBytes / sizeof(T); }
+  // Wide where memory is read in place, if that leaves tiles enough to share out.
+  int64_t tile_width() const {
+    const int64_t narrow = kTileBytes / sizeof(T), wide = kWideBytes / sizeof(T);
+    return direct ? std::clamp(m.B / 8 / narrow * narrow, narrow, wide) : narrow;
+  }
   int64_t tiles_across() const { return (m.B + tile_width() - 1) / tile_width(); }
   const S* data() const { return static_cast<const S*>(m.weight.const_data_ptr()); }
 
@@ -282,24 +287,35 @@ template <class S> struct Forward {
     const int64_t across = tiles_across(), tiles = m.A * across;
     T* y = row_sums + stripe * round_up(m.R) * lanes;
     std::fill_n(y, m.R * lanes, T(0));
-    alignas(64) T z[kTileBytes / sizeof(T)];
+    alignas(64) T z[kWideBytes / sizeof(T)];
     std::unique_ptr<T[]> packed;
     for (int64_t i = tiles * stripe / stripes; i < tiles * (stripe + 1) / stripes; ++i) {
-      const int64_t a = i / across, b = i % across * tile_width(), width = std::min(tile_width(), m.B - b);
-      const int64_t vectors = tile_vectors(width), padded = vectors * lanes;
-      const S* w = data() + a * m.R * m.B + b;
-      bool in_place = false;
-      if constexpr (direct)
-        if (padded == width) tile(w, m.B, m.R, vectors, p, z, y), in_place = true;
-      if (!in_place) {
-        if (!packed) packed = std::make_unique<T[]>(m.R * tile_width());
-        for (int64_t r = 0; r < m.R; ++r) {
-          convert(w + r * m.B, width, packed.get() + r * padded);
-          std::fill_n(packed.get() + r * padded + width, padded - width, T(0));
+      const int64_t a = i / across, first = i % across * tile_width(), last = std::min(first + tile_width(), m.B);
+      for (int64_t b = first, width; b < last; b += width) {
+        const S* w = data() + a * m.R * m.B + b;
+        T* sums = column_sums + a * m.B + b;
+        width = std::min<int64_t>(last - b, kTileBytes / sizeof(T));
+        if constexpr (direct)
+          if (last - b > width) {
+            width = (last - b) / lanes * lanes;
+            FASTGAN_FOR_ISA(wide_tile<T>)(w, m.B, m.R, width, p, z, y);
+            std::copy_n(z, width, sums);
+            continue;
+          }
+        const int64_t vectors = tile_vectors(width), padded = vectors * lanes;
+        bool in_place = false;
+        if constexpr (direct)
+          if (padded == width) tile(w, m.B, m.R, vectors, p, z, y), in_place = true;
+        if (!in_place) {
+          if (!packed) packed = std::make_unique<T[]>(m.R * kTileBytes / sizeof(T));
+          for (int64_t r = 0; r < m.R; ++r) {
+            convert(w + r * m.B, width, packed.get() + r * padded);
+            std::fill_n(packed.get() + r * padded + width, padded - width, T(0));
+          }
+          tile(packed.get(), padded, m.R, vectors, p, z, y);
         }
-        tile(packed.get(), padded, m.R, vectors, p, z, y);
+        std::copy_n(z, width, sums);
       }
-      std::copy_n(z, width, column_sums + a * m.B + b);
     }
   }
 

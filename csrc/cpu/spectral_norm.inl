@@ -68,6 +68,47 @@ FASTGAN_INLINE void tile_of(const T* w, int64_t stride, int64_t count, const T* 
   }
 }
 
+// The same on a wide tile, whose columns are whole vectors, eight rows at a time: reading runs of kWideBytes per row, the
+// hardware fetches ahead, and pages are translated once per run. The second reading comes from the third-level cache.
+template <class T, int count> FASTGAN_INLINE void gather_rows(const T* w, int64_t stride, int64_t columns, const T* p, T* z) {
+  using V = Vector<T>;
+  constexpr int N = kLanes<T>;
+  V factors[count];
+#pragma GCC unroll 8
+  for (int i = 0; i < count; ++i) factors[i] = broadcast(p[i]);
+  for (int64_t c = 0; c < columns; c += N) {
+    V total = load(z + c);
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i) total += load(w + i * stride + c) * factors[i];
+    store(z + c, total);
+  }
+}
+
+template <class T, int count> FASTGAN_INLINE void spread_rows(const T* w, int64_t stride, int64_t columns, const T* z, T* y) {
+  using V = Vector<T>;
+  constexpr int N = kLanes<T>;
+  V totals[count];
+#pragma GCC unroll 8
+  for (int i = 0; i < count; ++i) totals[i] = load(y + i * N);
+  for (int64_t c = 0; c < columns; c += N) {
+    const V x = load(z + c);
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i) totals[i] += load(w + i * stride + c) * x;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < count; ++i) store(y + i * N, totals[i]);
+}
+
+template <class T> void wide_tile(const T* w, int64_t stride, int64_t count, int64_t columns, const T* p, T* z, T* y) {
+  constexpr int N = kLanes<T>;
+  for (int64_t c = 0; c < columns; ++c) z[c] = 0;
+  int64_t r = 0;
+  for (; r + 8 <= count; r += 8) gather_rows<T, 8>(w + r * stride, stride, columns, p + r, z);
+  for (; r < count; ++r) gather_rows<T, 1>(w + r * stride, stride, columns, p + r, z);
+  for (r = 0; r + 8 <= count; r += 8) spread_rows<T, 8>(w + r * stride, stride, columns, z, y + r * N);
+  for (; r < count; ++r) spread_rows<T, 1>(w + r * stride, stride, columns, z, y + r * N);
+}
+
 constexpr int kTileVectors = kTileBytes / kVectorBytes;
 
 template <class T> int64_t tile_vectors(int64_t columns) {

@@ -375,10 +375,19 @@ class _Many(torch.autograd.Function):
 _apply_one, _apply_many = (super(torch.autograd.Function, function).apply for function in (_One, _Many))
 
 
+def _for_compiler(weight, u, v, dim, n_power_iterations, eps, v_first, target, at_most):
+    """The compiler fuses a product with what uses it and with changes of layout, and its derivative likewise: an operator, it
+    would be a pass over the weight of its own each time. The power iteration is what it can't do in one pass."""
+    u, v, sigma = sigma_alone(weight, u, v, dim, n_power_iterations, eps, v_first)
+    active = ~(sigma <= target) if at_most else sigma != 0
+    # A quotient's derivative is of what came out, which has the layout of its gradient.
+    return (weight.to(sigma.dtype) / torch.where(active, sigma / target, 1.0)).to(weight.dtype), u, v
+
+
 def normalise_one(weight: Tensor, u: Tensor, v: Tensor, dim: int, *iteration) -> tuple[Tensor, Tensor, Tensor]:
     """(normalised, u, v): ``forward`` without sigma."""
     if not _plain_eager():
-        return forward(weight, u, v, dim, *iteration)[:3]
+        return (_for_compiler if torch.compiler.is_compiling() else forward)(weight, u, v, dim, *iteration)[:3]
     with torch._C._AutoDispatchBelowAutograd():
         computed = forward(weight, u, v, dim, *iteration)
     if weight.requires_grad and torch.is_grad_enabled():

@@ -64,11 +64,14 @@ class _SpectralNorm(Groupable, nn.Module):
             return weight / (norm.clamp_min(1.0) if self.at_most else norm)
         if self.num_svs > 1 and (iterations := self.iterations(self.training)):
             self._track(weight, iterations)
-        ready = self.take()
-        if ready is not None:
-            return ready
-        iterations, buffers = self.iterations(self.training), self._buffers  # not by __getattr__, which takes longer
-        return normalise(weight, buffers["_u"], buffers["_v"], self.dim, iterations, self.eps, False, self.target, self.at_most)
+        steps = self.n_power_iterations if self.training else 0
+        if self._group is not None:
+            ready = self.take()
+            if ready is not None:
+                return ready
+            steps = self.iterations(self.training)
+        buffers = self._buffers  # not by __getattr__, which takes longer
+        return normalise(weight, buffers["_u"], buffers["_v"], self.dim, steps, self.eps, False, self.target, self.at_most)
 
     def right_inverse(self, value: Tensor) -> Tensor:
         return value
@@ -78,15 +81,28 @@ class _Chain(parametrize.ParametrizationList):
     """What torch has of a parametrization and hooks around it, less the way through both where there is one and no hook."""
 
     def __call__(self):
-        if len(self._modules) == 1 and not torch.compiler.is_compiling():
-            only = self._modules["0"]
-            if not (_hooks(self) or _hooks(only) or module_state._has_any_global_hook()):
-                return only.forward(self.original)
+        modules = self._modules
+        if len(modules) == 1 and not torch.compiler.is_compiling():
+            only, original = modules["0"], self._parameters.get("original")
+            if original is not None and not (_hooks(self) or _hooks(only) or module_state._has_any_global_hook()):
+                return only.forward(original)
         return super().__call__()
 
 
 def _hooks(module: nn.Module):
-    return module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    found = vars(module)  # a plain look-up each: this runs at every read of every weight
+    return found["_forward_pre_hooks"] or found["_forward_hooks"] or found["_backward_pre_hooks"] or found["_backward_hooks"]
+
+
+def _shorten_read(module: nn.Module, name: str) -> None:
+    """Reading the weight, without the two look-ups through ``__getattr__`` that torch's property makes."""
+    kind = type(module)  # the module's own: register_parametrization has made it
+    theirs = vars(kind)[name]
+
+    def read(self):
+        return theirs.fget(self) if parametrize._cache_enabled else self._modules["parametrizations"]._modules[name]()
+
+    setattr(kind, name, property(read, theirs.fset))
 
 
 def spectral_norm(
@@ -149,6 +165,7 @@ def spectral_norm(
     chain = module.parametrizations[name]
     if len(chain) == 1:
         chain.__class__ = _Chain
+        _shorten_read(module, name)
     if weight.dim() > 1:
         module.register_load_state_dict_pre_hook(AcceptAnyScheme(name, "parametrize", made.dim))
     return module
