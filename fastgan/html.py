@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 COLOURS = ("#0b7a75", "#d1495b", "#edae49", "#3d5a80", "#7b5ea7", "#5f9e3f", "#c8702a", "#4aa3c7", "#8a8a8a", "#b0578d")
-_WIDTH, _ROW, _LABEL = 400, 26, 132  # of a chart's own coordinates: about CSS pixels on a phone
+_WIDTH, _ROW, _LABEL = 400, 26, 148  # of a chart's own coordinates: about CSS pixels on a phone
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1d2327;--soft:#5c6670;--line:#d9dee2;--paper:#fff;--panel:#f6f8f9}
 @media(prefers-color-scheme:dark){:root{--ink:#e8ebed;--soft:#a4adb5;--line:#3a4248;--paper:#15191c;--panel:#1d2226}}
@@ -14,7 +14,8 @@ main{max-width:1120px;margin:0 auto;padding:16px;overflow-wrap:anywhere}h1{font-
 h2{font-size:1.15rem;margin:1.6em 0 .4em}p{margin:.4em 0;max-width:75ch}.soft{color:var(--soft)}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:16px}
 figure{margin:0;padding:12px;background:var(--panel);border:1px solid var(--line);border-radius:8px;min-width:0}
-figcaption{font-weight:600;margin-bottom:6px}svg{display:block;width:100%;max-width:560px;height:auto;font:12px system-ui,sans-serif}
+figcaption{font-weight:600;margin-bottom:6px}
+svg{display:block;width:100%;max-width:560px;height:auto;font:12px system-ui,sans-serif}
 svg text{fill:var(--ink)}svg .soft{fill:var(--soft)}svg .grid{stroke:var(--line)}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 th,td{padding:4px 10px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
@@ -75,7 +76,7 @@ def _legend(names: Sequence[str], y: float) -> tuple[list[str], float]:
 
 def bars(title: str, values: Mapping[str, float], form=lambda value: f"{value:g}", mark: float | None = None) -> str:
     """One horizontal bar per entry, its value behind it; ``mark``: a line at this value."""
-    room = _WIDTH - _LABEL - 92
+    room = _WIDTH - _LABEL - 84
     most = max([*values.values(), mark or 0.0, 1e-30])
     body = []
     for i, (name, value) in enumerate(values.items()):
@@ -104,7 +105,7 @@ def lines(
     every = [p for values in points.values() for p in values]
     if not every:
         return figure(title, _svg(30, [_text(4, 18, "nothing was measured", soft=True)], title))
-    left, right, top, bottom = 62, _WIDTH - 12, 24, 230
+    left, right, top, bottom = 64, _WIDTH - 22, 24, 230
     lo_x, hi_x = (f(math.log10(x) for x, _ in every) for f in (min, max))
     lo_y, hi_y = (f(math.log10(y) for _, y in every) for f in (min, max))
     hi_x, lo_y, hi_y = max(hi_x, lo_x + 0.1), lo_y - 0.05, max(hi_y + 0.05, lo_y + 0.2)

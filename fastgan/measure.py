@@ -140,6 +140,20 @@ def reader(size: int) -> Callable[[], torch.Tensor]:
     return data.sum
 
 
+def copier(size: int) -> Callable[[], torch.Tensor]:
+    """Moves ``size`` bytes, one half read and the other written, as fast as torch copies on all its threads."""
+    source = torch.ones(max(1, size // 8))
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def multiply_add_peak(dtype: torch.dtype = torch.float32, n: int = 1024, seconds: float = 0.3) -> float:
+    """Floating-point operations a second of the fastest multiply-adds torch has: a product of n x n matrices."""
+    a, b = (torch.full((n, n), 0.5, dtype=dtype) for _ in range(2))
+    times = interleaved({"product": lambda: a @ b}, seconds=seconds, min_rounds=5)["product"]
+    return 2.0 * n**3 / min(times)
+
+
 def speedup(times: Mapping[str, list[float]], of: str, over: str) -> Spread:
     """How many times faster ``of`` is than ``over``, round by round."""
     return Spread.of([slow / fast for slow, fast in zip(times[over], times[of], strict=True)])

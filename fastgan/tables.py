@@ -35,7 +35,9 @@ def _plain(title, headings, rows) -> str:
     return "\n".join(lines)
 
 
-def milliseconds(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.3g} µs"
     return f"{seconds * 1e3:.3g} ms" if seconds < 0.1 else f"{seconds * 1e3:.0f} ms"
 
 
@@ -50,6 +52,6 @@ def size(count: float | None) -> str:
     return f"{count:.3g} GiB"
 
 
-def spread(values: dict, form=milliseconds) -> str:
+def spread(values: dict, form=duration) -> str:
     """Median and quartiles."""
     return f"{form(values['median'])} ({form(values['low'])} to {form(values['high'])})"

@@ -62,7 +62,7 @@ class Script:
 class Sweep:
     """What :func:`profile_batches` found; ``print()`` it.
 
-    ``points``: {"plain": [...], "fastgan": [...]}, a dictionary per batch size with "status" ("measured", "out of memory", ...),
+    ``points``: {"plain": [...], "fastgan": [...]}, a dictionary per batch size with "status" ("measured", "out of memory", ..)
     and where measured "seconds" (median and quartiles), "throughput" (samples a second), "per_sample" (seconds),
     "peak_bytes" and "parts" (seconds). ``exponents``: per part, p of seconds ~ batch^p. ``knee``: smallest batch that has 90 %
     of the highest throughput. ``largest``: largest batch that was measured. ``advice``: measured effects.
@@ -350,9 +350,9 @@ def profile_batches(make_step, batches="16:4096", *, memory: int | None = None, 
 
     Args:
         make_step: ``make_step(batch_size)`` returns a function that makes one training step: every forward, backward and
-            optimizer step, on data of that size. It is called in child processes, so it has to be importable: at the top level of
-            a file, whose own loop is under ``if __name__ == "__main__":``. Keywords it takes are used: ``fastgan=True`` for the
-            step written with fastgan (without it the networks are passed to ``fastgan.accelerate``), ``microbatch=n``,
+            optimizer step, on data of that size. It is called in child processes, so it has to be importable: at the top level
+            of a file, whose own loop is under ``if __name__ == "__main__":``. Keywords it takes are used: ``fastgan=True`` for
+            the step written with fastgan (without it the networks are passed to ``fastgan.accelerate``), ``microbatch=n``,
             ``checkpoint=True``, and ``penalty=False`` for a step without the penalty.
         batches: "FROM:TO", doubling, or a sequence of sizes.
         memory: bytes that a step may take; half of what is available by default, and never more than nine tenths of it.

@@ -161,11 +161,12 @@ class Recorder:
 
         return __init__
 
+    def _index(self, optimizer) -> int | None:
+        return next((i for i, known in enumerate(self.optimizers) if known is optimizer), None)
+
     def _add_optimizer(self, optimizer) -> int:
-        for index, known in enumerate(self.optimizers):
-            if known is optimizer:
-                break
-        else:
+        index = self._index(optimizer)
+        if index is None:
             index = len(self.optimizers)
             self.optimizers.append(optimizer)
             self.steps.append(0)
@@ -176,7 +177,7 @@ class Recorder:
         return index
 
     def _optimizer_stepped(self, optimizer, args, kwargs) -> None:
-        known = next((i for i, o in enumerate(self.optimizers) if o is optimizer), None)
+        known = self._index(optimizer)
         index = self._add_optimizer(optimizer) if known is None or not self.steps[known] else known
         self.steps[index] += 1
         if self.steps[index] == 1:  # iterations are counted from here
@@ -189,8 +190,12 @@ class Recorder:
             self._due = True
 
     def waiting(self) -> bool:
-        """Is there an optimizer that has not stepped yet, and may still?"""
-        return min(self.steps, default=0) == 0 and sum(self.steps) < _PATIENCE
+        """Is there an optimizer of a network in use that has not stepped yet, and may still?"""
+        return any(not self.steps[n.optimizer] for n in self.networks) and sum(self.steps) < _PATIENCE
+
+    def ended(self) -> bool:
+        """Has an iteration ended that ``on_iteration`` was not called for?"""
+        return self._due and not self.waiting()
 
     def _tick(self) -> None:
         if not self._due or self._stack:

@@ -25,9 +25,10 @@ class Profile:
     """What :func:`profile` found; ``print()`` it.
 
     ``parts``: list of :class:`fastgan.profiler.parts.Part`, per iteration; ``seconds``: of an iteration without tracing
-    (:class:`fastgan.measure.Spread`), ``traced_seconds`` with it; ``peak_bytes``: most that the traced operations had
-    allocated at once, ``resident_bytes`` by which the process grew while it was timed (None where the system can't tell), beside ``standing`` (bytes of parameters and of optimizer state); ``networks``: who was recognised as
-    what; ``gains``: what :meth:`measure_gains` found.
+    (:class:`fastgan.measure.Spread`), ``traced_seconds``: of all traced ones together; ``peak_bytes``: most that the traced
+    operations had allocated at once, beside ``standing`` (bytes of parameters and of optimizer state); ``resident_bytes``: by
+    which the process grew while it was timed (None where the system can't tell); ``networks``: who was recognised as what;
+    ``gains``: what :meth:`measure_gains` found.
     """
 
     def __init__(self, critic=None, generator=None, *, warmup=2, timed=3, steps=5, stop=False, accelerate=False):
@@ -106,10 +107,10 @@ class Profile:
         self.recorder.remove()
 
     def __exit__(self, kind, error, trace) -> bool:
+        if self.recorder.ended():  # the last iteration, and nothing came after it
+            self.done += 1
         if self._profiler is not None and not self.traced:
             _synchronise()
-            if self.recorder._due:  # the last iteration ended, and nothing came after it
-                self.done += 1
             if self.done == self._traced_from:
                 self._profiler.stop()
             else:

@@ -1,7 +1,7 @@
 """How a profile is shown: as text and as a page, both from its plain data."""
 
 from fastgan import html
-from fastgan.tables import milliseconds, render, size, spread
+from fastgan.tables import duration, render, size, spread
 
 
 def _head(data: dict) -> list[str]:
@@ -9,7 +9,7 @@ def _head(data: dict) -> list[str]:
     count = data["iterations"]
     lines = [
         f"An iteration takes {spread(times)}, {count['untraced']} timed without tracing; with tracing "
-        f"{milliseconds(data['traced_seconds'])}, {count['traced']} traced: parts are shares of that.",
+        f"{duration(data['traced_seconds'])}, {count['traced']} traced: parts are shares of that.",
         f"{machine['processor']}, {machine['threads']} threads, GPU {machine['gpu']}, torch {machine['torch']}, "
         f"allocator {machine['allocator']}.",
     ]
@@ -29,8 +29,8 @@ def _parts(data: dict) -> tuple[list[str], list[list[str]]]:
     headings = ["part", "time", "share", *(["GPU time"] if on_gpu else []), "alive at the peak", "allocated"]
     rows = []
     for p in data["parts"]:
-        row = [p["name"], milliseconds(p["seconds"]), f"{p['share']:.1%}"]
-        row += [milliseconds(p["device_seconds"])] if on_gpu else []
+        row = [p["name"], duration(p["seconds"]), f"{p['share']:.1%}"]
+        row += [duration(p["device_seconds"])] if on_gpu else []
         rows.append([*row, size(p["bytes_at_peak"]), size(p["bytes_allocated"])])
     return headings, rows
 
@@ -67,7 +67,7 @@ def page(data: dict) -> str:
     parts = data["parts"]
     body = [html.text(line) for line in _head(data)]
     shown = [
-        html.bars("Time of an iteration", {p["name"]: p["seconds"] for p in parts}, milliseconds),
+        html.bars("Time of an iteration", {p["name"]: p["seconds"] for p in parts}, duration),
         html.bars("Memory alive at the peak, by what allocated it", {p["name"]: p["bytes_at_peak"] for p in parts}, size),
     ]
     faster = {f"{g['network']}: {g['what']}": g["speedup"]["median"] for g in data["gains"] if g["speedup"]}

@@ -1,7 +1,7 @@
 """How a sweep over batch sizes is shown: as text and as a page, both from its plain data."""
 
 from fastgan import html
-from fastgan.tables import milliseconds, render, size, spread
+from fastgan.tables import duration, render, size, spread
 
 
 def _head(data: dict) -> list[str]:
@@ -28,7 +28,7 @@ def _points(data: dict) -> tuple[list[str], list[list[str]]]:
     for name, points in data["points"].items():
         for p in points:
             if p["status"] == "measured":
-                values = [spread(p["seconds"]), f"{p['throughput']:.4g}", milliseconds(p["per_sample"]), size(p["peak_bytes"])]
+                values = [spread(p["seconds"]), f"{p['throughput']:.4g}", duration(p["per_sample"]), size(p["peak_bytes"])]
             else:
                 values = [p["status"], "", "", ""]
             rows.append([str(p["batch"]), name, *values])
@@ -63,6 +63,10 @@ def text(data: dict) -> str:
     return "\n".join(lines)
 
 
+def _short(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value / 1000:.3g}k"
+
+
 def page(data: dict) -> str:
     done = {name: [p for p in points if p["status"] == "measured"] for name, points in data["points"].items()}
     done = {name: points for name, points in done.items() if points}
@@ -74,14 +78,14 @@ def page(data: dict) -> str:
         )
 
     shown = [
-        curve("Throughput", lambda p: p["throughput"], "samples a second", lambda v: f"{v:.3g}", knees),
+        curve("Throughput", lambda p: p["throughput"], "samples a second", _short, knees),
         curve("Peak memory of a step", lambda p: p["peak_bytes"], "bytes", size),
-        curve("Time of a sample", lambda p: p["per_sample"], "seconds a sample", milliseconds),
+        curve("Time of a sample", lambda p: p["per_sample"], "seconds a sample", duration),
     ]
     for name, points in done.items():
         parts = list(points[-1]["parts"])
         series = {part: [(p["batch"], p["parts"].get(part, 0.0)) for p in points] for part in parts}
-        shown.append(html.lines(f"Time of each part, {name}", series, "batch size", "seconds", milliseconds))
+        shown.append(html.lines(f"Time of each part, {name}", series, "batch size", "seconds", duration))
     body = [*map(html.text, _head(data)), html.charts(*shown), html.heading("Batch sizes"), html.table(*_points(data))]
     if any(data["exponents"].values()):
         body += [html.heading("How each part grows"), html.table(*_exponents(data))]
