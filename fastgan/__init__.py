@@ -4,6 +4,7 @@
 """
 
 from fastgan import backends as backends
+from fastgan import compat as compat
 from fastgan import functional as functional
 from fastgan import losses as losses
 from fastgan import nn as nn
@@ -12,15 +13,21 @@ from fastgan import penalties as penalties
 from fastgan._version import __version__ as __version__
 from fastgan.backends import use_backend as use_backend
 from fastgan.critic import CriticStep as CriticStep
+from fastgan.dropin import accelerate as accelerate
+from fastgan.dropin import audit as audit
+from fastgan.dropin import restore as restore
 from fastgan.functional import critic_step as critic_step
 from fastgan.functional import dragan_penalty as dragan_penalty
+from fastgan.functional import energy_distance as energy_distance
 from fastgan.functional import explain as explain
 from fastgan.functional import feature_matching as feature_matching
 from fastgan.functional import gradient_penalty as gradient_penalty
 from fastgan.functional import max_gradient_penalty as max_gradient_penalty
 from fastgan.functional import minibatch_discrimination as minibatch_discrimination
 from fastgan.functional import minibatch_stddev as minibatch_stddev
+from fastgan.functional import mmd as mmd
 from fastgan.functional import nearest_distances as nearest_distances
+from fastgan.functional import pairwise_kernel_sum as pairwise_kernel_sum
 from fastgan.functional import path_length_penalty as path_length_penalty
 from fastgan.functional import penalty_from_output as penalty_from_output
 from fastgan.functional import pulling_away as pulling_away

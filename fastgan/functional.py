@@ -24,6 +24,10 @@ from fastgan.penalties import r1_penalty as r1_penalty
 from fastgan.penalties import r2_penalty as r2_penalty
 from fastgan.penalties import wgan_div_penalty as wgan_div_penalty
 from fastgan.penalties import zero_centered_penalty as zero_centered_penalty
+from fastgan.two_sample import energy_distance as energy_distance
+from fastgan.two_sample import median_bandwidth as median_bandwidth
+from fastgan.two_sample import mmd as mmd
+from fastgan.two_sample import pairwise_kernel_sum as pairwise_kernel_sum
 
 
 def _check_tensor(function: str, name: str, value, shape: str) -> None:

@@ -112,6 +112,33 @@ def array(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
+_TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+
+
+class Emulated:
+    """Stands in for a Triton kernel: launches go to the emulator. What it writes to are the arguments named out..."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid):
+        def launch(*values, num_warps, **constants):
+            types = [f"*{_TRITON_NAMES[v.dtype]}" if isinstance(v, torch.Tensor) else "i32" for v in values]
+            parameters = dict(zip(self.kernel.arg_names, types, strict=False)) | constants
+            compiled = compile_triton(self.kernel, parameters, triton_targets()["sm_80"], num_warps)
+            buffers = []
+            for name, value in zip(self.kernel.arg_names, values, strict=False):
+                memory = array(value) if isinstance(value, torch.Tensor) else value
+                buffers.append(ptxemu.Buf(memory, out=True) if name.startswith("out") else memory)
+            metadata, program = compiled.metadata, ptxemu.load(compiled.asm["ptx"])
+            buffers += [None] * (len(program.kernels[metadata.name].params) - len(buffers))  # Triton's scratch memory
+            program.launch(metadata.name, grid, num_warps * 32, buffers, metadata.shared, on_uninit="raise")
+            self.launches += 1
+
+        ptxemu = emulator()
+        return launch
+
+
 def _print_table() -> None:
     from test_minibatch_discrimination_cuda import WARPS, describe
     from test_minibatch_discrimination_triton import resource_rows

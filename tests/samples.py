@@ -270,6 +270,75 @@ OPERATORS |= {
 }
 
 
+# Kernel sums: shapes are N, M, D, then which of the forms, then 1 to leave the diagonal out.
+_KERNEL_SUMS = (
+    ("laplacian", (0.7, 2.0), 2.0, 0.0),
+    ("gaussian", (0.7, 2.0, 5.0), 2.0, 0.0),
+    ("rational_quadratic", (0.8, 1.5), 0.7, 0.0),
+    ("rational_quadratic", (1.2,), 1.0, 0.0),
+    ("energy", (1.0,), 1.0, 0.0),
+    ("polynomial", (1.5,), 3.0, 1.0),
+    ("polynomial", (1.5, 2.0), 2.0, 0.5),
+)
+
+
+def _kernel_sum(n, m, d, form, excluded, dtype, generator):
+    kernel, bandwidths, exponent, offset = _KERNEL_SUMS[form]
+    work = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    scale = _spread(d) if kernel == "laplacian" else math.sqrt(_spread(d))  # distances of about 1
+    x, y = (normal(size, d, dtype=dtype, generator=generator, scale=scale) for size in (n, m))
+    mixture = torch.tensor([bandwidths, (0.6, 0.3, 0.8)[: len(bandwidths)]], dtype=work)
+    return x, y, *mixture.unbind(), kernel, exponent, offset, bool(excluded)
+
+
+def _kernel_sum_backward(n, m, d, form, excluded, dtype, generator):
+    row, column = (normal(size, dtype=dtype, generator=generator) for size in (n, m))
+    return row, column, *_kernel_sum(n, m, d, form, excluded, dtype, generator)
+
+
+_KERNEL_SUM_FORMS = range(len(_KERNEL_SUMS))
+_kernel_sum_common = {
+    "shapes": (
+        *((37, 141, 19, form, 0) for form in _KERNEL_SUM_FORMS),
+        *((150, 150, 5, form, 1) for form in _KERNEL_SUM_FORMS),
+        (1, 1, 1, 0, 0),
+        (1, 1, 1, 1, 1),
+        (5, 300, 2, 1, 0),
+        (301, 3, 64, 0, 0),
+        (66, 65, 130, 0, 0),
+        (66, 65, 130, 1, 0),
+        (9, 8, 600, 5, 0),
+        *((0, 4, 3, form, 0) for form in (0, 1, 5)),
+        *((4, 0, 3, form, 0) for form in (0, 1, 5)),
+        *((4, 5, 0, form, 0) for form in (0, 1, 4, 5)),
+    ),
+    "interpreted": (
+        (1, 1, 1, 0, 0),
+        (35, 35, 18, 4, 1),
+        (9, 10, 19, 0, 0),
+        *((33, 38, 5, form, 0) for form in _KERNEL_SUM_FORMS),
+        (35, 35, 18, 0, 1),
+        (5, 70, 40, 0, 0),
+        (0, 4, 3, 0, 0),
+        (4, 0, 3, 1, 0),
+        (4, 5, 0, 5, 0),
+    ),
+    "small": (*((5, 5, 2, form, form % 2) for form in _KERNEL_SUM_FORMS), (3, 4, 3, 4, 0), (1, 2, 1, 0, 0)),
+    "large": (257, 321, 33, 0, 0),
+    "forward_mode": False,
+    "bad_shape": (9, 7, 3, 0, 0),
+}
+
+OPERATORS |= {
+    "pairwise_kernel_sum": Operator(_kernel_sum, constants=(2, 3), bad=(0, (4, 1)), **_kernel_sum_common),
+    "pairwise_kernel_sum_with_gradient": Operator(_kernel_sum, constants=(2, 3), bad=(0, (4, 1)), **_kernel_sum_common),
+    "pairwise_kernel_sum_backward": Operator(_kernel_sum_backward, differentiable=False, bad=(2, (4, 1)), **_kernel_sum_common),
+    "pairwise_kernel_sum_backward_both": Operator(
+        lambda *a: (_kernel_sum_backward(*a)[0], *_kernel_sum(*a)), differentiable=False, bad=(2, (4, 1)), **_kernel_sum_common
+    ),
+}
+
+
 def inputs(name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple:
     return OPERATORS[name].make(*shape, dtype, torch.Generator().manual_seed(seed))
 

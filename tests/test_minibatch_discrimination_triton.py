@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("with TRITON_INTERPRET=1 kernels are interpreted, not compiled", allow_module_level=True)
 
 import triton.language as tl
-from gpu_tools import array, compile_triton, emulator, triton_targets, triton_usage
+from gpu_tools import Emulated, compile_triton, triton_targets, triton_usage
 from samples import inputs
 from triton.backends.compiler import GPUTarget
 
@@ -25,7 +25,6 @@ pytestmark = pytest.mark.gpu_check
 KERNELS = {"forward_kernel": 1, "backward_kernel": 2, "jvp_kernel": 3, "double_backward_kernel": 4}
 TARGETS = triton_targets()
 NVIDIA = {name: target for name, target in TARGETS.items() if target.backend == "cuda"}
-NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
 def arguments(name: str, components: int, dtype: str = "fp32", **known) -> dict:
@@ -77,30 +76,6 @@ def test_sizes_and_strides_of_one(name):
     """The launch makes these compile-time constants, which have fewer methods than values."""
     ones = {"n": 1, "K": 1, "grad_stride_b": 1, "grad_stride_k": 1}
     compile_triton(getattr(kernels, name), arguments(name, 3, **ones), NVIDIA["sm_90"], kernels._WARPS)
-
-
-class Emulated:
-    """Stands in for a kernel: launches go to the emulator."""
-
-    def __init__(self, kernel):
-        self.kernel, self.launches = kernel, 0
-
-    def __getitem__(self, grid):
-        def launch(*values, num_warps, **constants):
-            types = [f"*{NAMES[v.dtype]}" if isinstance(v, torch.Tensor) else "i32" for v in values]
-            parameters = dict(zip(self.kernel.arg_names, types, strict=False)) | constants
-            compiled = compile_triton(self.kernel, parameters, NVIDIA["sm_80"], num_warps)
-            buffers = []
-            for name, value in zip(self.kernel.arg_names, values, strict=False):
-                memory = array(value) if isinstance(value, torch.Tensor) else value
-                buffers.append(ptxemu.Buf(memory, out=True) if name.startswith("out") else memory)
-            metadata, program = compiled.metadata, ptxemu.load(compiled.asm["ptx"])
-            buffers += [None] * (len(program.kernels[metadata.name].params) - len(buffers))  # Triton's scratch memory
-            program.launch(metadata.name, grid, num_warps * 32, buffers, metadata.shared, on_uninit="raise")
-            self.launches += 1
-
-        ptxemu = emulator()
-        return launch
 
 
 CASES = [(37, 3, 5, torch.float32), (65, 2, 8, torch.float32), (33, 1, 18, torch.float32), (9, 2, 66, torch.float32)]

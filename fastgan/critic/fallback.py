@@ -15,6 +15,7 @@ import torch.autograd.forward_ad as forward_ad
 
 from fastgan._dtypes import HALF, accumulate_dtype
 
+from . import second_order
 from .analyse import Graph, analyse, op_name
 from .forward_mode import WRONG_TANGENTS, Composed
 from .reduction import penalty_value
@@ -33,6 +34,8 @@ def seed_like(score, value):
 
 def input_gradient(forward, weights, scale=1.0, create_graph=False):
     """Gradient of the weighted sum of scores with respect to the input; float32 if scaled."""
+    if create_graph and not forward.traced:
+        second_order.note(forward.scores, [forward.x])
     scores, seeds = [], []
     for s, w in zip(forward.scores, weights, strict=False):
         if s.requires_grad:

@@ -1,0 +1,131 @@
+"""Sums of kernels over pairs, and MMD, against plain torch, torch.compile, KeOps and GeomLoss."""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+import fastgan
+
+from .case import OURS, Case
+
+N, D = 4096, 64
+#: About the median distance between the points, where the kernel is one of distances.
+BANDWIDTHS = {"laplacian": 72.0, "gaussian": 11.0, "energy": 1.0, "polynomial": 64.0}
+
+
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    return x.square().sum(1)[:, None] + y.square().sum(1) - 2 * (x @ y.T)
+
+
+def kernel_of(kernel: str, s: float):
+    """What plain torch makes of each: the (N, M) matrix, by the fastest formula that torch has for it."""
+    return {
+        "laplacian": lambda x, y: torch.exp(torch.cdist(x, y, p=1) / -s),
+        "gaussian": lambda x, y: torch.exp(squared_distances(x, y) / (-2 * s * s)),
+        "energy": lambda x, y: torch.cdist(x, y) / -s,
+        "polynomial": lambda x, y: (x @ y.T / s + 1).pow(3),
+    }[kernel]
+
+
+def compilable_of(kernel: str, s: float):
+    """The same where torch.compile does better with another formula: distances by broadcasting, which it fuses."""
+    if kernel == "laplacian":
+        return lambda x, y: torch.exp((x[:, None] - y).abs().sum(-1) / -s)
+    return kernel_of(kernel, s)
+
+
+def keops_of(kernel: str, s: float):
+    from pykeops.torch import LazyTensor
+
+    def function(x, y):
+        a, b = LazyTensor(x[:, None].contiguous()), LazyTensor(y[None].contiguous())
+        k = {
+            "laplacian": lambda: (-(a - b).abs().sum(-1) / s).exp(),
+            "gaussian": lambda: (-((a - b) ** 2).sum(-1) / (2 * s * s)).exp(),
+        }[kernel]()
+        return k.sum(1).squeeze(-1)
+
+    return function
+
+
+def functions(kernel: str) -> dict:
+    s = BANDWIDTHS[kernel]
+    plain, compilable = kernel_of(kernel, s), compilable_of(kernel, s)
+    torch._dynamo.reset()
+    found = {
+        OURS: lambda x, y: fastgan.pairwise_kernel_sum(x, y, kernel=kernel, bandwidths=s),
+        "torch": lambda x, y: plain(x, y).sum(1),
+        "compile": torch.compile(lambda x, y: compilable(x, y).sum(1), dynamic=False),
+    }
+    if kernel in ("laplacian", "gaussian") and importlib.util.find_spec("pykeops"):  # the others take it seconds
+        found["keops"] = keops_of(kernel, s)
+    return found
+
+
+def discrepancies() -> dict:
+    s = BANDWIDTHS["gaussian"]
+    k = kernel_of("gaussian", s)
+
+    def plain(x, y):
+        return k(x, x).mean() + k(y, y).mean() - 2 * k(x, y).mean()
+
+    torch._dynamo.reset()
+    found = {
+        OURS: lambda x, y: fastgan.mmd(x, y, bandwidths=s),
+        "torch": plain,
+        "compile": torch.compile(plain, dynamic=False),
+    }
+    if importlib.util.find_spec("geomloss"):
+        from geomloss import SamplesLoss
+
+        # with KeOps, its other way, it takes seconds on a CPU
+        loss = SamplesLoss("gaussian", blur=s, backend="tensorized")
+        found["geomloss"] = lambda x, y: 2 * loss(x, y)  # it halves the square
+    return found
+
+
+def _points() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(N, D, generator=generator), 0.9 * torch.randn(N, D, generator=generator) + 0.1
+
+
+def _run(mode: str, function, x: Tensor, y: Tensor):
+    """Of x, what a generator makes, or of both."""
+    x, y = x.clone().requires_grad_("backward" in mode), y.clone().requires_grad_("both" in mode)
+
+    def run():
+        out = function(x, y)
+        wanted = [z for z in (x, y) if z.requires_grad]
+        return torch.autograd.grad(out.sum(), wanted) if wanted else (out,)
+
+    return run
+
+
+def _case(name: str, mode: str, goal: float) -> Case:
+    x, y = _points()
+    make = discrepancies if name == "mmd" else lambda: functions(name)
+
+    def candidates():
+        return {name: _run(mode, function, x, y) for name, function in make().items()}
+
+    def truth():
+        if name == "mmd":
+            function = lambda x, y: fastgan.mmd(x, y, bandwidths=BANDWIDTHS["gaussian"])  # noqa: E731
+        else:
+            function = lambda x, y: fastgan.pairwise_kernel_sum(x, y, kernel=name, bandwidths=BANDWIDTHS[name])  # noqa: E731
+        with fastgan.use_backend("reference"):
+            return _run(mode, function, x.double(), y.double())()
+
+    # the difference of means is small, and what is left of their digits few
+    return Case(
+        "pairwise_kernel_sum", f"{name} {N}x{N}x{D}", mode, candidates, truth, {"best": goal}, 1e-3 if name == "mmd" else 1e-4
+    )
+
+
+CASES = [
+    *(_case("laplacian", mode, 5.0) for mode in ("forward", "forward+backward", "forward+backward of both")),
+    *(_case(kernel, mode, 0.95) for kernel in ("gaussian", "energy", "polynomial") for mode in ("forward", "forward+backward")),
+    *(_case(kernel, "forward+backward of both", 0.95) for kernel in ("gaussian", "energy", "polynomial")),
+    _case("mmd", "forward+backward", 0.95),
+]

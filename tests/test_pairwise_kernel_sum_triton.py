@@ -1,0 +1,98 @@
+"""The Triton kernels of pairwise_kernel_sum as GPUs get them: compiled ahead of time, and executed in PTX emulation."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("with TRITON_INTERPRET=1 kernels are interpreted, not compiled", allow_module_level=True)
+
+import triton.language as tl
+from gpu_tools import Emulated, compile_triton, triton_targets, triton_usage
+from samples import inputs
+from triton.backends.compiler import GPUTarget
+
+from fastgan.kernels import pairwise_kernel_sum as kernels
+from fastgan.ops import references
+from fastgan.ops.pairwise_kernel_sum import KERNELS
+
+pytestmark = pytest.mark.gpu_check
+
+TARGETS = triton_targets()
+DTYPES = ("fp16", "bf16", "fp32", "fp64")
+
+
+def usage_of(name: str, target: GPUTarget, dtype: str, function: str = "gaussian", **known):
+    kernel, work = getattr(kernels, name + "_kernel"), "fp64" if dtype == "fp64" else "fp32"
+    types = dict.fromkeys(kernel.arg_names, "i32")
+    types |= dict.fromkeys(("x", "y", "row", "column"), f"*{dtype}")
+    types |= dict.fromkeys(("bandwidths", "weights", "options", "out", "slopes", "points", "others", "before"), f"*{work}")
+    constants = {
+        "KERNEL": list(KERNELS).index(function),
+        "POWER": 3 if function == "polynomial" else 0,
+        "P": KERNELS[function],
+        "EXCLUDE": True,
+    }
+    constants |= {"ACC": tl.float64 if dtype == "fp64" else tl.float32}
+    constants |= kernels._SIGNS if name == "signs" else kernels._TILE
+    arguments = {arg: value for arg, value in (types | constants | known).items() if arg in kernel.arg_names}
+    with tempfile.TemporaryDirectory() as folder:
+        return triton_usage(compile_triton(kernel, arguments, target, kernels._WARPS), Path(folder))
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("function", KERNELS)
+@pytest.mark.parametrize("name", ["forward", "slopes"])
+def test_tiles_without_spills(name, function, arch):
+    usage = usage_of(name, TARGETS[arch], "fp32", function)
+    assert usage.spills == 0
+    assert usage.registers <= 136
+    assert usage.shared <= 2048
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["forward", "slopes", "signs"])
+def test_every_dtype_without_spills(name, dtype):
+    usage = usage_of(name, TARGETS["sm_90"], dtype, "laplacian")
+    assert usage.spills == 0
+    assert usage.registers <= 255
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_signs_without_spills(arch):
+    usage = usage_of("signs", TARGETS[arch], "fp32")
+    assert usage.spills == 0
+    assert usage.registers <= 128
+
+
+@pytest.mark.parametrize("name", ["forward", "slopes", "signs"])
+def test_sizes_and_strides_of_one(name):
+    """The launch makes these compile-time constants, which have fewer methods than values."""
+    sizes = ("n", "m", "D", "count", "rows", "row_stride", "column_stride", "stride_i", "stride_j")
+    usage_of(name, TARGETS["sm_90"], "fp32", "laplacian", **dict.fromkeys(sizes, 1))
+
+
+CASES = [(9, 66, 5, form, 0, torch.float32) for form in (0, 1, 3, 4, 5)] + [(35, 35, 3, 0, 1, torch.float32)]
+CASES += [(9, 11, 5, 0, 0, dtype) for dtype in (torch.float16, torch.bfloat16, torch.float64)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "x".join(map(str, case)))
+@pytest.mark.parametrize("op", [op for op in references if op.startswith("pairwise_kernel_sum")])
+def test_emulated_ptx(op, case, monkeypatch, record_property):
+    launches = {}
+    for name in ("forward_kernel", "slopes_kernel", "signs_kernel"):
+        launches[name] = Emulated(getattr(kernels, name))
+        monkeypatch.setattr(kernels, name, launches[name])
+    values = inputs(op, case[:-1], case[-1])
+    got = getattr(kernels, op)(*values)
+    expected = references[op](*(v.double() if isinstance(v, torch.Tensor) else v for v in values))
+    assert launches["slopes_kernel" if "backward" in op else "forward_kernel"].launches == 1
+    assert (launches["signs_kernel"].launches > 0) == ("backward" in op and values[-4] == "laplacian")
+    for ours, truth in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (got, expected)), strict=True):
+        error = ((ours.double() - truth).abs().max() / truth.abs().max()).item()
+        record_property("error", error)
+        assert error < {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[case[-1]]
