@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import fastgan
-from fastgan import measure
+from fastgan import backends, measure
 from fastgan.critic.forward import Snapshot
+from fastgan.ops import references
 from fastgan.profiler.record import CRITIC, Network
 
 #: relative difference of all gradients, as one vector, up to which two forms count as the same, by dtype
@@ -177,6 +178,9 @@ def measure_all(networks: list[Network], calls: Mapping[int, float], seconds: fl
     able = hasattr(fastgan, "accelerate") and hasattr(fastgan, "restore")
     if not able:
         notes.append(NO_ACCELERATE)
+    device = next((p.device.type for n in networks for p in n.module.parameters()), "cpu")
+    if device in backends.DEVICES and any(backends.serving(op, device) == "reference" for op in references):
+        notes.append("plain torch operators serve for some of fastgan's kernels here; fastgan doctor says why")
     for network in networks:
         if not network.kept:
             continue
