@@ -1,1 +1,15 @@
-"""Benchmarks: fastgan against the best a user could do instead. ``make bench`` or ``python -m benchmarks --help``."""
+"""Benchmarks: fastgan against the best a user could do instead. ``fastgan bench --help`` or ``make bench``.
+
+A folder of its own, as kernels are, and installed as ``fastgan.benchmarks``, so that ``fastgan bench`` measures wherever
+fastgan is installed; its files therefore import each other relatively.
+"""
+
+import importlib
+import pkgutil
+
+
+def every_case() -> list:
+    """The cases of all files that have some, in the order of their names."""
+    names = sorted(found.name for found in pkgutil.iter_modules(__path__))
+    names = [name for name in names if not name.startswith(("test_", "conftest", "__"))]
+    return [case for name in names for case in getattr(importlib.import_module(f".{name}", __name__), "CASES", ())]

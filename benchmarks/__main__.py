@@ -13,9 +13,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.case import OURS, mode_of
-from benchmarks.test_benchmarks import CASES
 from fastgan import measure
+
+from . import every_case
+from .case import OURS, mode_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -126,7 +127,7 @@ def plot(results: dict, path: Path) -> None:
 
 
 def main() -> int:
-    ops = sorted({case.op for case in CASES})
+    ops = sorted({case.op for case in every_case()})
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--op", action="append", choices=ops, help="only this operator (may be repeated)")
     parser.add_argument("--seconds", type=float, default=4.0, help="how long the rounds of one case go on")

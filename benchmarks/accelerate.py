@@ -3,8 +3,9 @@
 import torch
 
 import fastgan
-from benchmarks.case import OURS, Case
-from benchmarks.critic_step import CRITICS, MODES, _eager
+
+from .case import OURS, Case
+from .critic_step import CRITICS, MODES, _eager
 
 
 def _case(name: str, batch: int, mode: str, goal: float) -> Case:

@@ -1,13 +1,15 @@
 """One benchmark case, and how every case is run: correctness gate, interleaved rounds, memory peaks."""
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fastgan import measure
+
+from .flops import flops as flops_of
 
 OURS = "fastgan"
 STREAM = "stream"  # the yardstick of cases that are bound by reading memory
@@ -30,10 +32,24 @@ class Case:
     tolerance: float = 1e-4
     #: bytes that any candidate has to read; with it, the rates of ours and of reading alone are measured too
     reads: int = 0
+    #: bytes that any candidate has to read and write; the same against copying
+    moves: int = 0
+    #: floating-point operations that the mathematics takes (multiply-add: 2); -1: count each candidate's products as it runs
+    flops: float = 0
+    dtype: str = "float32"
 
     @property
     def id(self) -> str:
         return f"{self.op}-{self.shape}-{self.mode}"
+
+    @property
+    def kind(self) -> str:
+        """fwd, bwd (with the first derivative), double (the derivative of a penalty) or step (a training step)."""
+        if self.op == "critic_step" or "step" in self.mode:
+            return "step"
+        if self.mode == "penalty":
+            return "double"
+        return "bwd" if "backward" in self.mode or (self.op == "gradient_penalty" and self.mode != "tangent_combine") else "fwd"
 
 
 def mode_of(row: dict) -> str:
@@ -55,21 +71,27 @@ def check(case: Case, candidates: Mapping[str, Callable]) -> dict[str, float]:
     return errors
 
 
-def run(case: Case, seconds: float) -> dict:
-    """Everything measured for a case, as plain data."""
+def run(case: Case, seconds: float, only: Collection[str] = ()) -> dict:
+    """Everything measured for a case, as plain data. ``only``: baselines to run; all where there are none of them."""
     torch.manual_seed(0)
     torch.compiler.reset()  # captures of earlier cases
     candidates = dict(case.candidates())
+    if any(name in only for name in candidates):
+        candidates = {name: run for name, run in candidates.items() if name in only or name.startswith(OURS)}
     errors = check(case, candidates)
     gc.collect()
-    yardstick = {STREAM: measure.reader(case.reads)} if case.reads else {}
+    moved = case.moves or case.reads
+    yardstick = {STREAM: measure.copier(case.moves) if case.moves else measure.reader(case.reads)} if moved else {}
     times = measure.interleaved(candidates | yardstick, seconds=seconds)
     medians = {name: measure.Spread.of(values).to_dict() for name, values in times.items()}
     ours = min((name for name in candidates if name.startswith(OURS)), key=lambda name: medians[name]["median"])
     baselines = [name for name in candidates if not name.startswith(OURS)]
     speedups = {name: measure.speedup(times, ours, name).to_dict() for name in baselines}
     best = min(baselines, key=lambda name: medians[name]["median"])
-    rates = {name: case.reads / medians[name]["median"] for name in (ours, *yardstick) if case.reads}
+    rates = {name: moved / medians[name]["median"] for name in (ours, *yardstick) if moved}
+    flops = dict.fromkeys((ours, best), case.flops) if case.flops > 0 else {}
+    if case.flops < 0:  # what is compiled or fused hides its operators
+        flops = {name: flops_of(candidates[name]) for name in (ours, best) if "compile" not in name}
     return {
         "op": case.op,
         "shape": case.shape,
@@ -82,5 +104,8 @@ def run(case: Case, seconds: float) -> dict:
         "goals": dict(case.goals),
         "error": errors,
         "bytes_per_second": rates,
+        "flops_per_second": {name: count / medians[name]["median"] for name, count in flops.items() if count},
+        "dtype": case.dtype,
+        "kind": case.kind,
         "peak_bytes": {name: measure.peak_memory(run) for name, run in candidates.items()},
     }

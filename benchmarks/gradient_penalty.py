@@ -4,12 +4,15 @@ as the critic step does, and through autograd, as ``penalty_from_output`` does.
 Also ``tangent_combine``, the critic step's elementwise work, against the same in torch operators.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
-from benchmarks.case import OURS, Case
 from fastgan.ops import gradient_penalty as op
 from fastgan.ops import tangent_combine
+
+from .case import OURS, Case
 
 
 def _wgan_gp(g):
@@ -65,9 +68,10 @@ def _case(shape, mode, dtype=torch.float32, autograd=False) -> Case:
 
     name = "x".join(map(str, shape)) + ("" if dtype == torch.float32 else "-" + str(dtype).removeprefix("torch."))
     tolerance = 1e-4 if dtype == torch.float32 else 5e-3
-    return Case(
-        "gradient_penalty", name, mode + (" autograd" if autograd else ""), candidates, truth, {"eager": 3.0}, tolerance
-    )
+    mode += " autograd" if autograd else ""
+    moves = 2 * math.prod(shape) * dtype.itemsize  # the gradient, and the penalty's derivative
+    kind = str(dtype).removeprefix("torch.")
+    return Case("gradient_penalty", name, mode, candidates, truth, {"eager": 3.0}, tolerance, moves=moves, dtype=kind)
 
 
 def _combine_case(shape) -> Case:
@@ -95,6 +99,7 @@ def _combine_case(shape) -> Case:
         "tangent_combine",
         candidates,
         lambda: tangent_combine.forward_reference(*(x.double() for x in start()), 0.2),
+        moves=4 * math.prod(shape) * 4,  # two tensors read, two written
     )
 
 

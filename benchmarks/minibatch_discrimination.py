@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 import fastgan
-from benchmarks.case import OURS, Case
 from fastgan.ops.minibatch_discrimination import backward_reference, forward_reference
+
+from .case import OURS, Case
 
 
 def broadcast(m: Tensor) -> Tensor:
@@ -99,7 +100,11 @@ def _case(shape: tuple[int, int, int], mode: str, goals: dict) -> Case:
         functions = {OURS: fastgan.minibatch_discrimination} | baselines(m, mode == "penalty")
         return {name: run(function, m) for name, function in functions.items()}
 
-    return Case("minibatch_discrimination", "x".join(map(str, shape)), mode, candidates, lambda: _truth(mode, m), goals)
+    name, (b, k, d) = "x".join(map(str, shape)), shape
+    pairs = b * (b - 1) / 2 * k
+    # difference, magnitude and sum per coordinate and pair; the derivative takes them again, and a sign and two sums
+    flops = {"forward": 3 * d * pairs, "forward+backward": 9 * d * pairs}.get(mode, 0)
+    return Case("minibatch_discrimination", name, mode, candidates, lambda: _truth(mode, m), goals, flops=flops)
 
 
 _LARGE = {"cdist": 12.0, "compile": 8.0}

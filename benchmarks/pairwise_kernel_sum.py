@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 import fastgan
-from benchmarks.case import OURS, Case
+
+from .case import OURS, Case
 
 N, D = 4096, 64
 #: About the median distance between the points, where the kernel is one of distances.

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks.case import OURS, mode_of
+from .case import OURS, mode_of
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"

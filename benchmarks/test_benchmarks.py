@@ -2,28 +2,10 @@
 
 import pytest
 
-from benchmarks import (
-    accelerate,
-    critic_step,
-    gradient_penalty,
-    minibatch_discrimination,
-    minibatch_stddev,
-    nearest_distances,
-    pairwise_kernel_sum,
-    spectral_norm,
-)
-from benchmarks.case import OURS, run
+from . import every_case
+from .case import OURS, run
 
-CASES = [
-    *minibatch_discrimination.CASES,
-    *minibatch_stddev.CASES,
-    *nearest_distances.CASES,
-    *pairwise_kernel_sum.CASES,
-    *critic_step.CASES,
-    *accelerate.CASES,
-    *gradient_penalty.CASES,
-    *spectral_norm.CASES,
-]
+CASES = every_case()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

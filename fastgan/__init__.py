@@ -38,3 +38,5 @@ from fastgan.functional import zero_centered_penalty as zero_centered_penalty
 from fastgan.nn.spectral_norm_group import SpectralNormGroup as SpectralNormGroup
 from fastgan.nn.spectral_norm_state import convert_spectral_state_dict as convert_spectral_state_dict
 from fastgan.nn.utils.parametrizations import spectral_norm as spectral_norm
+from fastgan.profiler import profile as profile
+from fastgan.profiler import profile_batches as profile_batches

@@ -6,6 +6,8 @@ import sys
 
 #: subcommand -> (module whose main(argv) runs it, help). Imported only when called: --help needs no extras.
 COMMANDS = {
+    "bench": ("fastgan.bench", "operators and the critic step against the best alternatives, on this machine"),
+    "profile": ("fastgan.profiler.command", "where a training script spends time and memory, and what fastgan would gain"),
     "doctor": ("fastgan.doctor", "which kernels serve on this machine, and why"),
     "demo": ("fastgan.demo", "train a small GAN with plain PyTorch and with fastgan, and compare"),
 }

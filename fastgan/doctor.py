@@ -97,11 +97,21 @@ def _print(report: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastgan doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--allocator",
+        action="store_true",
+        help="measure C allocator and thread settings on a training step, and print the lines to set (a minute or so)",
+    )
     arguments = parser.parse_args(argv)
-    report = examine()
+    if arguments.allocator:
+        from fastgan import allocator
+
+        report, show = allocator.examine(), allocator.show
+    else:
+        report, show = examine(), _print
     if arguments.json:
         json.dump(report, sys.stdout, indent=2)
         print()
     else:
-        _print(report)
+        show(report)
     return 0

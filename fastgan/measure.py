@@ -88,6 +88,7 @@ def interleaved(
     warmup: int = 2,
     shortest: float = 1e-3,
     settle: float = 1e-2,
+    prepare: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds per call of each candidate, one entry a round.
 
@@ -99,9 +100,12 @@ def interleaved(
         settle: candidates run this long untimed before they are timed, in each round, unless one call takes ten times as
             long: idle OpenMP threads of the candidate before spin for milliseconds (each library may bring its own) and
             take a core from whatever comes next.
+        prepare: name -> what to do, untimed, before that candidate's turn in each round.
     """
     repeats, settled = {}, {}
+    prepare = {name: (prepare or {}).get(name, lambda: None) for name in candidates}
     for name, run in candidates.items():
+        prepare[name]()
         for _ in range(warmup):
             run()
         _synchronise()
@@ -117,6 +121,7 @@ def interleaved(
         if done >= min_rounds and time.perf_counter() - begin > seconds:
             break
         for name, run in candidates.items():
+            prepare[name]()
             ready = time.perf_counter() + settled[name]
             while time.perf_counter() < ready:
                 run()
@@ -135,6 +140,20 @@ def reader(size: int) -> Callable[[], torch.Tensor]:
     return data.sum
 
 
+def copier(size: int) -> Callable[[], torch.Tensor]:
+    """Moves ``size`` bytes, one half read and the other written, as fast as torch copies on all its threads."""
+    source = torch.ones(max(1, size // 8))
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def multiply_add_peak(dtype: torch.dtype = torch.float32, n: int = 1024, seconds: float = 0.3) -> float:
+    """Floating-point operations a second of the fastest multiply-adds torch has: a product of n x n matrices."""
+    a, b = (torch.full((n, n), 0.5, dtype=dtype) for _ in range(2))
+    times = interleaved({"product": lambda: a @ b}, seconds=seconds, min_rounds=5)["product"]
+    return 2.0 * n**3 / min(times)
+
+
 def speedup(times: Mapping[str, list[float]], of: str, over: str) -> Spread:
     """How many times faster ``of`` is than ``over``, round by round."""
     return Spread.of([slow / fast for slow, fast in zip(times[over], times[of], strict=True)])
@@ -145,23 +164,38 @@ def _status_kib(field: str) -> int:
         return int(re.search(rf"^{field}:\s+(\d+)", file.read(), re.MULTILINE).group(1))
 
 
-def peak_memory(run: Callable[[], object]) -> int | None:
-    """Bytes by which ``run()`` raises the process's memory at its worst, results included; None where it can't be told.
+class PeakMemory:
+    """Bytes by which memory rises at its worst between :meth:`start` and :meth:`stop`.
 
     On a GPU what torch allocates, on CPU resident memory (Linux), so that scratch space inside kernels counts too.
     """
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # give back what earlier calls left, or it would be reused unseen
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # reset VmHWM
-        before = _status_kib("VmRSS")
-        run()
-        return max(0, _status_kib("VmHWM") - before) * 1024
-    except (OSError, AttributeError):
-        return None
+
+    def start(self) -> None:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+            return
+        try:
+            ctypes.CDLL(None).malloc_trim(0)  # give back what earlier calls left, or it would be reused unseen
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # reset VmHWM
+            self.before = _status_kib("VmRSS")
+        except (OSError, AttributeError):
+            self.before = None
+
+    def stop(self) -> int | None:
+        """None where the system can't tell."""
+        if self.before is None:
+            return None
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated() - self.before
+        return max(0, _status_kib("VmHWM") - self.before) * 1024
+
+
+def peak_memory(run: Callable[[], object]) -> int | None:
+    """Bytes by which ``run()`` raises the process's memory at its worst, results included; None where it can't be told."""
+    peak = PeakMemory()
+    peak.start()
+    run()
+    return peak.stop()

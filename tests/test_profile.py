@@ -1,0 +1,544 @@
+"""The profiler: who is who, which part gets what, and that nothing is changed by being looked at."""
+
+import functools
+import gc
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastgan
+from fastgan import html, limits
+from fastgan.profiler import batches, command, show, show_batches
+from fastgan.profiler.session import Profile
+
+SHORT = {"warmup": 1, "timed": 1, "steps": 2}
+PAUSE = 0.01
+
+
+class Slow(torch.autograd.Function):
+    """The identity, with a pause forward, backward or in the backward of its backward."""
+
+    @staticmethod
+    def forward(ctx, x, forward, backward, double):
+        ctx.pauses = backward, double
+        time.sleep(forward)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(ctx.pauses[0])
+        return Slow.apply(grad, 0.0, ctx.pauses[1], 0.0), None, None, None
+
+
+class Net(nn.Module):
+    def __init__(self, i, o, *pauses):
+        super().__init__()
+        self.layers, self.pauses = nn.Sequential(nn.Linear(i, 32), nn.LeakyReLU(0.2), nn.Linear(32, o)), pauses
+
+    def forward(self, x):
+        x = self.layers[0](x)
+        return self.layers[1:](Slow.apply(x, *self.pauses) if self.pauses else x)
+
+
+class MinibatchFeatures(nn.Module):
+    def forward(self, x):
+        return torch.cat([x, x.std(0, keepdim=True).expand_as(x)], 1)
+
+
+def penalty(critic, real, fake):
+    x = torch.lerp(fake, real, torch.rand(len(real), 1)).requires_grad_(True)
+    (g,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+    return (g.norm(2, 1) - 1).square().mean()
+
+
+def train(D, G, iterations=4, n_critic=1, data=None):
+    oD, oG = torch.optim.Adam(D.parameters()), torch.optim.Adam(G.parameters())
+    loader = DataLoader(data or TensorDataset(torch.randn(8 * iterations * n_critic, 16)), batch_size=8)
+    for step, batch in enumerate(loader, 1):
+        real = batch[0] if isinstance(batch, list) else batch
+        fake = G(torch.randn(8, 4)).detach()
+        oD.zero_grad()
+        (D(fake).mean() - D(real).mean() + penalty(D, real, fake)).backward()
+        oD.step()
+        if step % n_critic == 0:
+            oG.zero_grad()
+            (-D(G(torch.randn(8, 4))).mean()).backward()
+            oG.step()
+
+
+def seconds(p):
+    return {part.name: part.seconds for part in p.parts}
+
+
+@pytest.fixture(autouse=True)
+def _no_leftovers():
+    gc.collect()
+
+
+def test_networks_and_updates_are_recognised():
+    D, G = Net(16, 1), Net(4, 16)
+    with fastgan.profile(**SHORT) as p:
+        train(D, G, iterations=4, n_critic=3)
+    roles = {n.role: n for n in p.networks}
+    assert roles["critic"].module is D and roles["generator"].module is G and len(p.networks) == 2
+    assert (roles["critic"].name, roles["generator"].name) == ("D", "G")
+    assert roles["critic"].update == (3, (2,))  # fake, real and the penalised point between them
+    found = p.to_dict()
+    calls = {n["role"]: n["calls"] for n in found["networks"]}
+    assert calls == {"critic": 3 * 3 + 1, "generator": 3 + 1}  # an iteration is three updates of the critic and one
+    assert sum(part["share"] for part in found["parts"]) == pytest.approx(1)
+    assert "critic: D (Net" in str(p)
+
+
+def test_forward_time_goes_to_its_network():
+    with fastgan.profile(**SHORT) as p:
+        train(Net(16, 1, PAUSE, 0, 0), Net(4, 16, 2 * PAUSE, 0, 0))
+    found = seconds(p)
+    assert 4 * PAUSE <= found["critic forward"] < 4 * PAUSE + 0.03
+    assert 4 * PAUSE <= found["generator forward"] < 4 * PAUSE + 0.03
+    assert max(found["critic backward"], found["generator backward"], found["penalty"]) < 2 * PAUSE
+
+
+def test_backward_time_is_told_apart_in_one_call():
+    with fastgan.profile(**SHORT) as p:
+        train(Net(16, 1, 0, 2 * PAUSE, 0), Net(4, 16, 0, PAUSE, 0))
+    found = seconds(p)  # the critic: real and fake, and once for the generator; the penalty takes one itself, and its own again
+    assert found["critic backward"] >= 6 * PAUSE
+    assert PAUSE <= found["generator backward"] < 2 * PAUSE + 0.01
+    assert 2 * PAUSE <= found["penalty"] < 4 * PAUSE + 0.03
+
+
+def test_double_backward_is_the_penalty():
+    with fastgan.profile(**SHORT) as p:
+        train(Net(16, 1, 0, 0, 4 * PAUSE), Net(4, 16))
+    found = seconds(p)
+    assert found["penalty"] >= 4 * PAUSE and max(v for k, v in found.items() if k != "penalty") < 2 * PAUSE
+
+
+class SlowData(torch.utils.data.Dataset):
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, i):
+        time.sleep(PAUSE / 8)
+        return torch.ones(16)
+
+
+def test_data_features_and_spectral_norm_are_parts(monkeypatch):
+    for where in (
+        sys.modules["torch.nn.utils.spectral_norm"].SpectralNorm,
+        nn.utils.parametrizations._SpectralNorm,
+        MinibatchFeatures,
+    ):
+        name = "compute_weight" if hasattr(where, "compute_weight") else "forward"
+        original = getattr(where, name)
+
+        def slow(*args, _original=original, **kwargs):
+            time.sleep(PAUSE)
+            return _original(*args, **kwargs)
+
+        monkeypatch.setattr(where, name, slow)
+    D = nn.Sequential(
+        nn.utils.spectral_norm(nn.Linear(16, 8)),
+        nn.ReLU(),
+        MinibatchFeatures(),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(16, 1)),
+    )
+    with fastgan.profile(**SHORT) as p:
+        train(D, Net(4, 16), data=SlowData())
+    found = seconds(p)
+    assert found["spectral norm"] >= 8 * PAUSE and found["minibatch features"] >= 4 * PAUSE and found["data"] >= PAUSE / 2
+    assert found["critic forward"] < 2 * PAUSE and "optimizer" in found
+
+
+def test_fastgan_operators_are_their_parts():
+    D = nn.Sequential(fastgan.spectral_norm(nn.Linear(16, 8)), nn.LeakyReLU(0.2), fastgan.nn.MinibatchDiscrimination(8, 4, 2))
+    D.append(nn.Linear(12, 1))
+    with fastgan.profile(**SHORT) as p:
+        train(D, Net(4, 16))
+    assert {"spectral norm", "minibatch features"} <= set(seconds(p))
+
+
+def test_memory_belongs_to_what_allocated_it():
+    class Hungry(Net):
+        def forward(self, x):
+            return super().forward(x) * torch.ones(1 << 20).mul(1.0).requires_grad_().square().mean()  # 4 MiB held for backward
+
+    with fastgan.profile(**SHORT) as p:
+        train(Hungry(16, 1), Net(4, 16))
+    part = {part.name: part for part in p.parts}
+    assert part["critic forward"].bytes_at_peak >= 4 << 20 > part["generator forward"].bytes_at_peak
+    assert p.peak_bytes >= sum(x.bytes_at_peak for x in p.parts) >= 4 << 20
+    assert p.standing["parameters"] == 4 * sum(q.numel() for n in p.networks for q in n.module.parameters())
+
+
+def test_looking_changes_nothing():
+    def trained(context):
+        torch.manual_seed(0)
+        D, G = Net(16, 1), Net(4, 16)
+        with context:
+            train(D, G, iterations=6)
+        return torch.cat([p.detach().flatten() for p in (*D.parameters(), *G.parameters())])
+
+    hooks, run = nn.modules.module, torch.autograd._engine_run_backward
+    assert torch.equal(trained(fastgan.profile(**SHORT)), trained(torch.enable_grad()))
+    assert not hooks._global_forward_pre_hooks and not hooks._global_forward_hooks
+    assert torch.autograd._engine_run_backward is run and torch.optim.Optimizer.__init__.__name__ == "__init__"
+    assert "record" not in torch.optim.Optimizer.__init__.__code__.co_filename
+
+
+def test_an_error_of_the_loop_comes_out_and_hooks_go():
+    with pytest.raises(ZeroDivisionError), fastgan.profile(**SHORT):
+        train(Net(16, 1), Net(4, 16))
+        1 / 0  # noqa: B018
+    assert not nn.modules.module._global_forward_pre_hooks
+
+
+def test_too_short_a_loop_says_so():
+    with pytest.raises(RuntimeError, match="ended after 2 iterations, and the first 5"), fastgan.profile():
+        train(Net(16, 1), Net(4, 16), iterations=2)
+    with pytest.raises(ValueError, match="steps=0"), fastgan.profile(steps=0):
+        pass
+
+
+def test_names_decide_where_given():
+    with fastgan.profile(critic="G", **SHORT) as p:
+        train(Net(16, 1), Net(4, 16))
+    assert {n.name: n.role for n in p.networks} == {"G": "critic", "D": "generator"}
+    with pytest.raises(ValueError, match=r"--critic nobody: .*there are: G \(Net\), D \(Net\)"):
+        profiled(critic="nobody")
+
+
+# gains
+
+
+def profiled(D=None, **names):
+    D = D or Net(16, 1)
+    with fastgan.profile(**SHORT, **names) as p:
+        train(D, Net(4, 16))
+    return p, D
+
+
+def state(module):
+    return [t.clone() for t in module.state_dict().values()], [p.grad for p in module.parameters()], torch.get_rng_state()
+
+
+def test_critic_step_is_tried_on_what_was_captured(monkeypatch):
+    monkeypatch.delattr(fastgan, "accelerate", raising=False)
+    p, D = profiled(nn.Sequential(fastgan.spectral_norm(nn.Linear(16, 64)), nn.LeakyReLU(0.2), nn.Linear(64, 1)))
+    before = state(D)
+    (gain,) = p.measure_gains(0.05)
+    after = state(D)
+    assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
+    assert all(a is b for a, b in zip(before[1], after[1], strict=True))
+    assert gain.what == "critic_step(D, real, fake, gradient_penalty=10)" and gain.error < 1e-5, gain
+    assert gain.speedup["median"] > 0 and gain.per_iteration == pytest.approx(4 / 3)
+    assert "no fastgan.accelerate" in p.gains_note and "critic_step(D" in str(p)
+
+
+def swap(monkeypatch, factor):
+    """A stand-in for accelerate that serves Net's forward with another, right or wrong."""
+    original = Net.forward
+
+    def accelerate(model):
+        found = type("Report", (), {"replaced": []})()
+        if isinstance(model, Net):
+            model.forward = functools.partial(lambda self, x: factor * original(self, x), model)
+            found.replaced = [type("Replaced", (), {"name": "", "kind": "Net", "by": "another"})]
+        return found
+
+    monkeypatch.setattr(fastgan, "accelerate", accelerate, raising=False)
+    monkeypatch.setattr(fastgan, "restore", lambda model: vars(model).pop("forward", None), raising=False)
+
+
+def test_accelerate_is_measured_on_the_captured_calls(monkeypatch):
+    swap(monkeypatch, 1.0)
+    p, D = profiled()
+    gains = p.measure_gains(0.05)
+    ours = [gain for gain in gains if gain.what.startswith("accelerate(D)")]
+    assert len(ours) == 2 and all(gain.speedup and gain.error < 1e-6 for gain in ours), ours
+    assert "forward" not in vars(D) and "one penalised" in ours[1].what
+
+
+def test_no_speed_up_where_results_differ(monkeypatch):
+    swap(monkeypatch, 1.01)
+    gain = next(gain for gain in profiled()[0].measure_gains(0.05) if gain.what.startswith("accelerate"))
+    assert gain.speedup is None and gain.error > 1e-3 and "differ" in gain.note and gain.to_dict()["saved_seconds"] is None
+
+
+# the command
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_profile import Net, train
+print("arguments", sys.argv[1:], __name__)
+train(Net(16, 1), Net(4, 16), iterations=int(sys.argv[2]))
+print("the end")
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "trainer.py"
+    path.write_text(SCRIPT.format(tests=str(__file__).rpartition("/")[0]))
+    return str(path)
+
+
+def test_command_runs_a_script_unchanged_and_stops_it(script, tmp_path, capsys):
+    page, trace = tmp_path / "p.html", tmp_path / "t.json"
+    options = ["--warmup", "1", "--timed", "1", "--no-gains", "--html", str(page), "--trace", str(trace)]
+    argv = sys.argv
+    assert command.main([*options, "--steps", "2", script, "--iterations", "50"]) == 0
+    output = capsys.readouterr().out
+    assert "arguments ['--iterations', '50'] __main__" in output and "the end" not in output and "critic forward" in output
+    assert sys.argv is argv and "<svg" in page.read_text()
+    assert any(e.get("name") == "fastgan/penalty" for e in json.loads(trace.read_text())["traceEvents"])
+    assert command.main([*options, "--finish", "--json", script, "--iterations", "8"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["iterations"]["traced"] == 5 and "the end" in captured.err
+
+
+def test_command_tells_its_errors_from_the_scripts(script, tmp_path, capsys):
+    assert command.main([script, "--iterations", "1"]) == 2
+    assert "ended after 1 iterations" in capsys.readouterr().err
+    assert command.main([str(tmp_path / "nowhere.py")]) == 2
+    bad = tmp_path / "bad.py"
+    bad.write_text("raise RuntimeError('the script itself')")
+    with pytest.raises(RuntimeError, match="the script itself"):
+        command.main([str(bad)])
+
+
+# growing the batch
+
+STEP = """
+import os, torch
+from torch import nn
+
+def make_step(batch_size, fastgan=False):
+    if batch_size == 3:
+        os.abort()
+    D, G = nn.Sequential(nn.Linear(64, 64), nn.LeakyReLU(), nn.Linear(64, 1)), nn.Linear(8, 64)
+    optimizers = [torch.optim.SGD(n.parameters(), 0.1) for n in (D, G)]
+    def step():
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+            x = G(torch.randn(batch_size, 8))
+            held = torch.ones(batch_size, 8 << 20, dtype=torch.uint8)
+            D(x * held[0, 0]).mean().backward()
+            optimizer.step()
+    return step
+"""
+
+
+@pytest.fixture
+def stepper(tmp_path):
+    path = tmp_path / "stepper.py"
+    path.write_text(STEP)
+    return batches.Script(str(path))
+
+
+@pytest.mark.skipif(limits.resource is None or sys.platform != "linux", reason="needs RLIMIT_AS")
+def test_sweep_ends_where_memory_ends(stepper, monkeypatch):
+    monkeypatch.setattr(batches, "_with_fastgan", lambda source: False)  # the other form only takes as long again
+    found = batches.sweep(stepper, [4, 512, 1024], memory=1 << 30, advice=False)
+    first, last = found.points["plain"]
+    assert first["status"] == "measured" and first["seconds"]["median"] > 0 and "critic forward" in first["parts"], first
+    assert first["peak_bytes"] is None or 32 << 20 <= first["peak_bytes"] < 128 << 20
+    assert last["status"] == "out of memory", last
+    assert found.largest == found.knee == {"plain": 4}
+    assert "512: out of memory" in str(found) and "<svg" in show_batches.page(found.to_dict())
+    assert torch.empty(1 << 20).numel()  # and this process is well
+
+
+def test_a_child_that_dies_is_a_result(stepper):
+    assert batches._point(stepper, 3, "plain", 1 << 30, 5.0)["message"] == "its process was ended by signal 6"
+
+
+def test_forms_of_a_step(stepper, monkeypatch):
+    assert batches._with_fastgan(stepper)  # its make_step takes fastgan=True
+    point = batches._run(stepper, 4, "fastgan", slow=True)
+    assert point["status"] == "measured" and point["throughput"] == 4 / point["seconds"]["median"]
+    accelerated = []
+    monkeypatch.setattr(fastgan, "accelerate", accelerated.append, raising=False)
+    monkeypatch.setattr(batches, "keywords_for", lambda *_: ({}, True))
+    batches._run(stepper, 4, "fastgan", slow=True)
+    assert [type(model) for model in accelerated] == [nn.Linear, nn.Sequential]
+
+
+def test_scripts_that_take_their_batch_size(tmp_path):
+    path = tmp_path / "trainer.py"
+    path.write_text(STEP + "import sys\nstep = make_step(int(sys.argv[sys.argv.index('--batch') + 1]))\nwhile True: step()\n")
+    point = batches._run(batches.Script(str(path), ("--other", "1"), "--batch"), 4, "plain", slow=True)
+    assert point["status"] == "measured" and point["batch"] == 4
+
+
+def test_sizes():
+    assert batches.sizes("16:100") == [16, 32, 64] and batches.sizes([8, 4, 8]) == [4, 8] and batches.sizes("5:5") == [5]
+    for wrong in ("16", "0:4", "a:b", "8:4", [], [0], None):
+        with pytest.raises(ValueError, match="expected FROM:TO"):
+            batches.sizes(wrong)
+
+
+def test_what_is_fitted():
+    assert batches.exponent([(n, 3e-3 * n**1.5) for n in (4, 8, 16, 32)]) == pytest.approx(1.5)
+    assert batches.exponent([(1, 9.0), *((n, n**2) for n in (4, 8, 16, 32))]) == pytest.approx(2)  # overhead is left out
+    assert batches.exponent([(1, 1.0), (2, 0.0), (4, 2.0)]) is None
+
+    def point(n, seconds):
+        times = {"median": seconds, "low": seconds, "high": seconds}
+        return {
+            "batch": n, "status": "measured", "seconds": times, "throughput": n / seconds, "per_sample": seconds / n,
+            "peak_bytes": n << 20, "parts": {"critic forward": seconds / 2},
+        }  # fmt: skip
+
+    lost = {"batch": 16, "status": "out of memory", "message": "m"}
+    found = batches.Sweep({"plain": [point(2, 1.0), point(4, 1.1), point(8, 2.1), lost]}, 1 << 30)
+    found.conclude()
+    assert (found.knee, found.largest) == ({"plain": 4}, {"plain": 8})
+    assert set(found.exponents["plain"]) == {"whole step", "critic forward"}
+
+
+def test_keywords_of_make_step():
+    def own(batch_size, fastgan=False, microbatch=None, penalty=True): ...
+
+    def bare(batch_size): ...
+
+    assert batches.keywords_for(own, "fastgan", 8) == ({"fastgan": True}, False)
+    assert batches.keywords_for(bare, "fastgan", 8) == ({}, True)
+    assert batches.keywords_for(own, "microbatch", 8) == ({"microbatch": 2}, False)
+    assert batches.keywords_for(own, "penalty", 8) == ({"penalty": False}, False)
+    assert batches.keywords_for(own, "bf16", 8) == ({}, False)
+
+
+def test_advice_claims_only_what_was_measured(stepper, monkeypatch):
+    asked = []
+
+    def point(source, size, variant, memory, patience, slow=False):
+        asked.append(variant)
+        seconds = {"plain": 1.0, "bf16": 0.5}.get(variant, 1.0)
+        return {"batch": size, "status": "measured", "seconds": {"median": seconds, "low": seconds, "high": seconds},
+                "throughput": size, "per_sample": 1.0, "peak_bytes": 100, "parts": {"penalty": 0.1}}  # fmt: skip
+
+    monkeypatch.setattr(batches, "_point", point)
+    found = batches.sweep(stepper, [4], memory=1 << 30)
+    advice = {entry["what"].split(":")[0]: entry for entry in found.advice}
+    assert advice["bf16"]["speedup"] == 2.0 and advice["bf16"]["memory"] == 1.0
+    assert "speedup" not in advice["microbatches"] and "not measured" in advice["microbatches"]["note"]
+    assert "microbatch" not in asked and "lazy regularisation" in advice
+
+
+def test_make_step_has_to_be_there(tmp_path, capsys):
+    empty = tmp_path / "empty.py"
+    empty.write_text("")
+    assert command.main(["--sweep-batch", "2:4", str(empty)]) == 2
+    assert "no function make_step(batch_size)" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="another process can import"):
+        batches.sweep(lambda batch_size: None, [2], memory=1 << 30)
+
+
+def test_memory_that_is_available(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "memory.max").write_text("3000\n")
+    (tmp_path / "a" / "memory.current").write_text("1000\n")
+    monkeypatch.setattr(limits, "_CGROUPS", tmp_path)
+    read = limits.Path.read_text
+    monkeypatch.setattr(limits.Path, "read_text", lambda path: "0::/a" if str(path) == "/proc/self/cgroup" else read(path))
+    assert limits.available_memory() == 2000
+    assert limits.is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory")) and limits.is_out_of_memory(
+        MemoryError()
+    )
+    assert not limits.is_out_of_memory(RuntimeError("shapes differ")) and not limits.is_out_of_memory(KeyError("out of memory"))
+
+
+# the pages
+
+LOOK = """<!doctype html><body><script>
+window.found = []; const pages = PAGES;
+async function look(html, width) {
+  const frame = document.createElement("iframe");
+  frame.style = `width:${width}px;height:800px;border:0`;
+  const errors = []; window.addEventListener("error", e => errors.push(e.message));
+  await new Promise(done => { frame.onload = done; frame.srcdoc = html; document.body.append(frame); });
+  const d = frame.contentDocument, r = d.documentElement;
+  const drawn = [...d.querySelectorAll("svg")].map(s => s.getBoundingClientRect());
+  const sizes = [...d.querySelectorAll("svg text")].map(t => t.getBoundingClientRect().height);
+  const out = [...d.querySelectorAll("svg text")].filter(t => { const a = t.getBoundingClientRect(),
+    b = t.ownerSVGElement.getBoundingClientRect();
+    return a.left < b.left - 1 || a.right > b.right + 1; }).map(t => t.textContent);
+  found.push({width, inner: r.clientWidth, scroll: r.scrollWidth, errors, out, smallest: Math.min(...sizes),
+    charts: drawn.length,
+    empty: drawn.filter(b => b.width < 200 || b.height < 20).length, marks: d.querySelectorAll("svg rect,svg circle").length});
+}
+(async () => { for (const p of pages) for (const w of [1280, 390]) await look(p, w);
+  const pre = document.createElement("pre"); pre.id = "found"; pre.textContent = JSON.stringify(found);
+  document.body.replaceChildren(pre); })();
+</script></body>"""
+
+
+def look_at(pages, tmp_path):
+    """What a real browser makes of pages at laptop and phone width."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium here")
+    path = tmp_path / "look.html"
+    path.write_text(LOOK.replace("PAGES", json.dumps(pages).replace("</", "<\\/")))
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}/browser",
+        "--virtual-time-budget=8000",
+    ]
+    child = subprocess.run([browser, *options, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120)
+    found = re.search(r'<pre id="found">(.*?)</pre>', child.stdout, re.DOTALL)
+    assert found, child.stderr[-2000:]
+    return json.loads(found[1])
+
+
+def test_pages_in_a_browser(tmp_path):
+    from test_bench import RESULT
+
+    from fastgan import bench
+
+    p = profiled()[0]
+    p.measure_gains(0.05)
+    sweep = batches.Sweep({"plain": [], "fastgan": []}, 1 << 30)
+    for name, factor in (("plain", 1.0), ("fastgan", 0.6)):
+        for n in (16, 32, 64, 128, 1024, 4096):
+            t = factor * (1e-3 + 1e-4 * n)
+            sweep.points[name].append(
+                {"batch": n, "status": "measured", "seconds": {"median": t, "low": t, "high": t}, "throughput": n / t,
+                 "per_sample": t / n, "peak_bytes": n << 20, "parts": {part.name: t / 10 for part in p.parts}}
+            )  # fmt: skip
+    sweep.conclude()
+    pages = [show.page(p.to_dict()), show_batches.page(sweep.to_dict()), bench.page(RESULT)]
+    for page in pages:
+        assert not re.search(r"(src|href)=|url\(|@import|<script", page)  # nothing but itself
+    found = look_at(pages, tmp_path)
+    assert [entry["width"] for entry in found] == [1280, 390] * 3
+    for entry, charts in zip(found, (2, 2, 5, 5, 2, 2), strict=True):
+        assert not entry["errors"] and entry["charts"] >= charts and not entry["empty"] and entry["marks"] > 1, entry
+        assert entry["scroll"] <= entry["inner"] <= entry["width"] and entry["smallest"] >= 9, entry
+        assert not entry["out"], entry["out"]
+
+
+def test_pages_escape_what_scripts_are_called():
+    name = "<script>alert(1)</script>"
+    page = html.page(name, html.text(name), html.bars(name, {name: 1.0}), html.table([name], [[name]]))
+    assert "<script" not in page and "alert(1)" in page
+
+
+def test_profile_can_be_used_by_hand():
+    with Profile(stop=True, **SHORT) as p:
+        train(Net(16, 1), Net(4, 16), iterations=1000)
+        raise AssertionError("the loop was to be stopped")
+    assert p.traced == 2
