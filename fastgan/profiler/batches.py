@@ -189,7 +189,8 @@ def keywords_for(make_step, variant: str, size: int) -> tuple[dict, bool]:
 
 def _child(connection, source, size, variant, memory, slow) -> None:
     quiet = open(os.devnull, "w")  # noqa: SIM115 the process ends here
-    sys.stdout = quiet
+    sys.stdout = sys.stderr = quiet
+    os.dup2(quiet.fileno(), 2)  # torch's profiler writes there; what matters is in the result
     cuda = torch.cuda.is_available()
     limits.confine(memory, cuda)
     try:

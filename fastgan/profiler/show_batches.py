@@ -70,7 +70,10 @@ def _short(value: float) -> str:
 def page(data: dict) -> str:
     done = {name: [p for p in points if p["status"] == "measured"] for name, points in data["points"].items()}
     done = {name: points for name, points in done.items() if points}
-    knees = {f"knee {name}": batch for name, batch in data["knee"].items()}
+    at: dict[int, list[str]] = {}
+    for name, batch in data["knee"].items():
+        at.setdefault(batch, []).append(name)
+    knees = {"knee " + ", ".join(names): batch for batch, names in at.items()}
 
     def curve(title, pick, label, form, marks=None):
         return html.lines(
