@@ -352,7 +352,7 @@ def main() -> int:
         return 0
     results = []
     for name in names:
-        command = [sys.executable, "-m", "benchmarks.trainers", "--here", "--trainer", name, "--repos", str(options.repos)]
+        command = [sys.executable, "-m", f"{__package__}.trainers", "--here", "--trainer", name, "--repos", str(options.repos)]
         command += ["--steps", str(options.steps), "--seconds", str(options.seconds)]
         found = subprocess.run(
             command, stdout=subprocess.PIPE, text=True, check=True, env=measure.allocator_environment("tuned")
