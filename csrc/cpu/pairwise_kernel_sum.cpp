@@ -3,6 +3,8 @@
 #include "common.h"
 #include "scratch.h"
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -23,6 +25,14 @@ constexpr int kTileRows = 4;
 // cache.
 constexpr int64_t kBlockRows = 64, kColumns = 128;
 
+// Where scalar products are matrix products: from so many coordinates and points of either kind on (measured), in tiles of so many
+// pairs, an odd number of cache lines a row.
+constexpr int64_t kProductsFrom = 64, kProductPointsFrom = 512;
+constexpr int64_t kProductRows = 512, kProductColumns = 512, kProductStride = kProductColumns + 16;
+// Pairs whose squared distance is at most this part of the sum of their points' squared norms are close: scalar products would cancel
+// most of it.
+constexpr double kClose = 0.125;
+
 enum class Sweep { forward, with_gradient, backward, both };
 
 // sum_b factors_b f(scales_b q), whose f has the exponent and the offset.
@@ -40,6 +50,12 @@ struct FixedPoint {
   uint32_t *y = nullptr, *y_sums = nullptr;  // panels
 };
 
+// For matrix products: the points, centred where the kernel is one of distances, and their squared norms then.
+template <class T> struct Products {
+  const T *x, *y;                  // (N, ld) and (M, ld)
+  const T *x_squares, *y_squares;  // filled up to whole tiles
+};
+
 template <class T> struct Job {
   int64_t N, M, D, ld;
   bool exclude_diagonal;
@@ -48,6 +64,7 @@ template <class T> struct Job {
   const T *row, *column;  // cotangents
   Mixture<T> values, slopes;
   FixedPoint fixed;
+  Products<T> products;
 };
 
 }  // namespace
@@ -176,6 +193,147 @@ int64_t count_stripes(int64_t blocks, int64_t bytes) {
   return std::max<int64_t>(1, std::min({kStripes, blocks / 2, kBytes / std::max<int64_t>(1, bytes)}));
 }
 
+// Squared distances by matrix product are |a|^2 + |b|^2 - 2 a.b of centred points, with an error of some eps (|a|^2 + |b|^2). Close
+// pairs, which that is too much for, are told by the result and taken from differences, slopes and all; the others have an error of
+// eps / kClose at most. Every bandwidth, coincident points and the energy kernel's pole at 0 are then as exact as by differences
+// alone. Worth it where few pairs are close: a sample of them tells.
+template <class T> struct Centred {
+  Scratch<T> x, y, x_squares, y_squares;
+
+  Products<T> view() const { return {x.get(), y.get(), x_squares.get(), y_squares.get()}; }
+};
+
+template <class T> bool centre(const Job<T>& job, int64_t whole, Centred<T>& centred) {
+  std::vector<double> mean(job.D);
+  for (int64_t j = 0; j < job.M; ++j)
+    for (int64_t d = 0; d < job.D; ++d) mean[d] += job.y[j * job.ld + d];
+  for (double& each : mean) each /= job.M;
+  const auto move = [&](const T* from, int64_t count, int64_t room, Scratch<T>& to, Scratch<T>& squares) {
+    to = allocate<T>(room * job.ld), squares = allocate<T>(room + 2 * 64 / sizeof(T));
+    std::fill_n(squares.get() + count, room + 2 * 64 / sizeof(T) - count, T(0));
+    std::fill_n(to.get() + count * job.ld, (room - count) * job.ld, T(0));
+    torch::stable::parallel_for(0, count, 1 + (1 << 15) / job.ld, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        double sums[4] = {};
+        T *const row = to.get() + i * job.ld;
+        for (int64_t d = 0; d < job.D; ++d) {
+          row[d] = T(from[i * job.ld + d] - mean[d]);
+          sums[d % 4] += double(row[d]) * row[d];
+        }
+        std::fill(row + job.D, row + job.ld, T(0));
+        squares[i] = T(sums[0] + sums[1] + sums[2] + sums[3]);
+      }
+    });
+    T total = 0;
+    for (int64_t i = 0; i < count; ++i) total += squares[i];
+    return total < std::numeric_limits<T>::max() / 8;  // not if there is a NaN
+  };
+  if (!move(job.x, job.N, whole, centred.x, centred.x_squares) || !move(job.y, job.M, job.M, centred.y, centred.y_squares)) return false;
+  constexpr int64_t kSample = 32;
+  int64_t close = 0;
+  for (int64_t k = 0; k < kSample; ++k)
+    for (int64_t l = 0; l < kSample; ++l) {
+      const int64_t i = k * job.N / kSample, j = (2 * l + 1) * job.M / (2 * kSample);
+      double square = 0;
+      for (int64_t d = 0; d < job.D; ++d) {
+        const double difference = centred.x[i * job.ld + d] - centred.y[j * job.ld + d];
+        square += difference * difference;
+      }
+      close += square < kClose * (centred.x_squares[i] + centred.y_squares[j]);
+    }
+  return close <= kSample * kSample / 16;
+}
+
+struct Matrix {
+  const void* data;
+  int64_t rows, columns, row_stride, column_stride;
+
+  Tensor tensor(ScalarType dtype) const {
+    const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+    return torch::stable::from_blob(const_cast<void*>(data), {rows, columns}, {row_stride, column_stride}, cpu, dtype);
+  }
+};
+
+// out = a b, or that added to it. ATen's kernel itself, past the dispatcher: no mode of the calling thread is asked, but for
+// torch.set_float32_matmul_precision.
+template <class T> void product(const Matrix& a, const Matrix& b, const Matrix& out, bool add) {
+  constexpr ScalarType dtype = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+  const Tensor left = a.tensor(dtype), right = b.tensor(dtype), result = out.tensor(dtype);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(), right.get(), add, 1));
+}
+
+template <class T> using ProductTile = void (*)(const Job<T>&, int64_t, int64_t, int64_t, int64_t, T*, double*, double*, T*, double*, T*);
+template <class T, Sweep sweep> ProductTile<T> product_tile_of(Kernel kernel) {
+  switch (kernel) {
+    case Kernel::gaussian: return FASTGAN_FOR_ISA(product_tile<T, Kernel::gaussian, sweep>);
+    case Kernel::rational_quadratic: return FASTGAN_FOR_ISA(product_tile<T, Kernel::rational_quadratic, sweep>);
+    case Kernel::energy: return FASTGAN_FOR_ISA(product_tile<T, Kernel::energy, sweep>);
+    default: return FASTGAN_FOR_ISA(product_tile<T, Kernel::polynomial, sweep>);
+  }
+}
+
+// A task, on one thread with its products, is a block of points x or, where both gradients are wanted, a stripe of blocks. Where the
+// points y are too large for several stripes there is one, whose products are threaded by themselves.
+template <class S, class T, Sweep sweep> void run_products(const Job<T>& job, Kernel kernel, void* out, void* out_x, void* out_y) {
+  constexpr bool gradient = sweep != Sweep::forward, both = sweep == Sweep::both;
+  using G = std::conditional_t<sweep == Sweep::with_gradient, T, S>;
+  const T *const x = job.products.x, *const y = job.products.y;
+  const bool distances = p_of(kernel) == 2;
+  const ProductTile<T> evaluate = product_tile_of<T, sweep>(kernel);
+  const int64_t D = job.D, ld = job.ld, size = std::min(kProductRows, round_up(job.N / 16 + 1, kTileRows));
+  const int64_t blocks = (job.N + size - 1) / size;
+  const int64_t y_size = job.M * ld, stripes = both ? count_stripes(blocks, y_size * sizeof(T)) : blocks;
+  const auto all_sums_y = allocate<T>(both ? y_size * stripes : 1);
+  const auto all_slopes_y = allocate<double>(both ? job.M * stripes : 1);
+  // What the slopes make of a point, given their sum and the sum of the others times theirs.
+  const auto write = [&](void* to, int64_t at, double slopes, const T* point, const double* sum_of, const T* sum) {
+    for (int64_t d = 0; d < D; ++d) {
+      const double total = sum_of ? sum_of[d] : sum[d];
+      static_cast<G*>(to)[at * D + d] = G(T(distances ? slopes * point[d] - total : total));
+    }
+  };
+  torch::stable::parallel_for(0, stripes, 1, [&](int64_t begin, int64_t end) {
+    const auto tile = allocate<T>(size * kProductStride), sums = allocate<T>(gradient ? size * ld : 1);
+    const auto values = allocate<double>(2 * size);
+    double* const slopes = values.get() + size;
+    for (int64_t stripe = begin; stripe < end; ++stripe) {
+      T* const sums_y = both ? all_sums_y.get() + y_size * stripe : nullptr;
+      double* const slopes_y = both ? all_slopes_y.get() + job.M * stripe : nullptr;
+      if (both) std::fill_n(sums_y, y_size, T(0)), std::fill_n(slopes_y, job.M, 0.0);
+      for (int64_t b = stripe; b < blocks; b += stripes) {
+        const int64_t i0 = b * size, count = std::min(size, job.N - i0), rows = round_up(count, kTileRows);
+        std::fill_n(values.get(), 2 * size, 0.0);
+        if (gradient) std::fill_n(sums.get(), rows * ld, T(0));
+        for (int64_t j0 = 0; j0 < job.M; j0 += kProductColumns) {
+          const int64_t columns = std::min(kProductColumns, job.M - j0);
+          const Matrix pairs{tile.get(), rows, columns, kProductStride, 1};
+          product<T>({x + i0 * ld, rows, D, ld, 1}, {y + j0 * ld, D, columns, 1, ld}, pairs, false);
+          evaluate(job, i0, rows, j0, columns, tile.get(), values.get(), slopes, sums.get(), slopes_y, sums_y);
+          if (gradient) product<T>(pairs, {y + j0 * ld, columns, D, ld, 1}, {sums.get(), rows, D, ld, 1}, true);
+          if (both) product<T>({tile.get(), columns, rows, 1, kProductStride}, {x + i0 * ld, rows, D, ld, 1}, {sums_y + j0 * ld, columns, D, ld, 1}, true);
+        }
+        for (int64_t i = 0; i < count; ++i) {
+          if (out) static_cast<S*>(out)[i0 + i] = S(T(values[i]));
+          if (gradient) write(out_x, i0 + i, slopes[i], x + (i0 + i) * ld, nullptr, sums.get() + i * ld);
+        }
+      }
+    }
+  });
+  if (both)
+    torch::stable::parallel_for(0, job.M, 1 + (1 << 15) / (1 + D * stripes), [&](int64_t begin, int64_t end) {
+      std::vector<double> totals(D);
+      for (int64_t j = begin; j < end; ++j) {
+        double slopes = 0;
+        std::fill(totals.begin(), totals.end(), 0.0);
+        for (int64_t stripe = 0; stripe < stripes; ++stripe) {
+          slopes += all_slopes_y[job.M * stripe + j];
+          for (int64_t d = 0; d < D; ++d) totals[d] += all_sums_y[y_size * stripe + j * ld + d];
+        }
+        write(out_y, j, slopes, y + j * ld, totals.data(), nullptr);
+      }
+    });
+}
+
 template <class S, Sweep sweep>
 void run(const Tensor* row, const Tensor* column, const Tensor& x, const Tensor& y, const Options& options, void* out, void* out_x, void* out_y) {
   constexpr bool gradient = sweep != Sweep::forward, both = sweep == Sweep::both;
@@ -192,6 +350,16 @@ void run(const Tensor* row, const Tensor* column, const Tensor& x, const Tensor&
   if constexpr (sweep == Sweep::backward || both) {
     rows = pack_vector<S, T>(row, whole), columns = pack_vector<S, T>(column, panels * lanes);
     job.row = rows.get(), job.column = columns.get();
+  }
+  job.values = values.view(), job.slopes = slopes.view();
+  if (options.kernel != Kernel::laplacian && job.D >= kProductsFrom && std::min(job.N, job.M) >= kProductPointsFrom) {
+    job.products = {xs.get(), ys.get(), nullptr, nullptr};
+    Centred<T> centred;
+    const bool distances = p_of(options.kernel) == 2;
+    if (!distances || centre(job, whole, centred)) {
+      if (distances) job.products = centred.view();
+      return run_products<S, T, sweep>(job, options.kernel, out, out_x, out_y);
+    }
   }
   const int64_t grain = 1 + (1 << 15) / (1 + lanes * job.D);
   Scratch<uint32_t> integers;
@@ -218,8 +386,6 @@ void run(const Tensor* row, const Tensor* column, const Tensor& x, const Tensor&
       FASTGAN_FOR_ISA(pack_panels<T>)(ys.get(), job.ld, job.M, job.D, begin, end, packed.get());
     });
   }
-  job.values = values.view(), job.slopes = slopes.view();
-
   const Block<T> block = block_of<T, sweep>(options.kernel, job.fixed.scale > 0);
   const double sign = options.kernel == Kernel::laplacian ? double(FASTGAN_FOR_ISA(kSign<T>)) : 1;
   // Few points make small blocks, for several threads to have some.

@@ -248,6 +248,26 @@ __attribute__((noinline)) void gather_both(const T* slopes, const T* x, const T*
   add_tile<T, 1>(sums, ld, totals);
 }
 
+// Of kTileRows points x from i on and a vector of points y from j on, of which so many count: the kernel and its slopes times their
+// cotangents, from what the kernel is a function of. What doesn't count is 0.
+template <class T, Kernel kernel, Sweep sweep>
+FASTGAN_INLINE void evaluate_pairs(const Job<T>& job, int64_t i, int64_t j, int64_t count, Vector<T> (&k)[kTileRows], Vector<T> (&h)[kTileRows]) {
+  constexpr int N = kLanes<T>;
+  if constexpr (sweep == Sweep::forward || sweep == Sweep::with_gradient) evaluate<T, kernel, false>(job.values, k);
+  if constexpr (sweep != Sweep::forward) evaluate<T, kernel, true>(job.slopes, h);
+  if constexpr (sweep == Sweep::backward || sweep == Sweep::both)
+#pragma GCC unroll 4
+    for (int r = 0; r < kTileRows; ++r) h[r] *= load(job.column + j) + broadcast(job.row[i + r]);
+  if (count < N)
+    for (int r = 0; r < kTileRows; ++r) {
+      k[r] = keep(k[r], first_lanes<T>(count));
+      h[r] = keep(h[r], first_lanes<T>(count));
+    }
+  const int64_t diagonal = i - j;  // where the first row's own point is
+  if (job.exclude_diagonal && diagonal > -kTileRows && diagonal < N)
+    for (int64_t r = diagonal < 0 ? -diagonal : 0; r < kTileRows && diagonal + r < N; ++r) k[r][diagonal + r] = h[r][diagonal + r] = 0;
+}
+
 // Points x from i0 on, kBlockRows of them or as many as there are. values (kBlockRows) and totals (kBlockRows, ld), zero, get sums
 // of the kernel and gradients.
 // totals_y: (M, ld); this block's part is added. sums_y: scratch of (kColumns, ld).
@@ -266,25 +286,12 @@ void block(const Job<T>& job, int64_t i0, int64_t rows, double* values, double* 
         similarities<T, p, fixed>(job, i0 + t * kTileRows, (j0 + j) / P, tile + t * kTileRows * kColumns + j);
     for (int64_t t = 0; t < tiles; ++t) {
       T* const q = tile + t * kTileRows * kColumns;
-      const int64_t diagonal = i0 + t * kTileRows - j0;  // where the first row's own point is
       V sums[kTileRows] = {};
       for (int64_t j = 0; j < columns; j += N) {
         V k[kTileRows], h[kTileRows];
 #pragma GCC unroll 4
         for (int i = 0; i < kTileRows; ++i) k[i] = h[i] = load(q + i * kColumns + j);
-        if constexpr (value) evaluate<T, kernel, false>(job.values, k);
-        if constexpr (gradient) evaluate<T, kernel, true>(job.slopes, h);
-        if constexpr (sweep == Sweep::backward || sweep == Sweep::both)
-#pragma GCC unroll 4
-          for (int i = 0; i < kTileRows; ++i) h[i] *= load(job.column + j0 + j) + broadcast(job.row[i0 + t * kTileRows + i]);
-        if (columns - j < N)
-          for (int i = 0; i < kTileRows; ++i) {
-            k[i] = keep(k[i], first_lanes<T>(columns - j));
-            h[i] = keep(h[i], first_lanes<T>(columns - j));
-          }
-        if (job.exclude_diagonal && diagonal > j - kTileRows && diagonal < j + N)
-          for (int64_t i = diagonal < j ? j - diagonal : 0; i < kTileRows && diagonal + i < j + N; ++i)
-            k[i][diagonal + i - j] = h[i][diagonal + i - j] = 0;
+        evaluate_pairs<T, kernel, sweep>(job, i0 + t * kTileRows, j0 + j, columns - j, k, h);
 #pragma GCC unroll 4
         for (int i = 0; i < kTileRows; ++i) {
           if constexpr (value) sums[i] += k[i];
@@ -305,4 +312,104 @@ void block(const Job<T>& job, int64_t i0, int64_t rows, double* values, double* 
       for (int64_t k = 0; k < columns * ld; ++k) totals_y[j0 * ld + k] += sums_y[k];
     }
   }
+}
+
+// By matrix product: a tile of scalar products of points x and y becomes, in place, that of the slopes.
+
+// Is any bit set?
+template <class B> FASTGAN_INLINE bool any(B mask) {
+#if FASTGAN_ISA == 2
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#elif FASTGAN_ISA == 512
+  return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask);
+#else
+  return ((Int64Vector)mask)[0] | ((Int64Vector)mask)[1];
+#endif
+}
+
+template <class T> static inline T squared_distance(const T* x, const T* y, int64_t D) {
+  Vector<T> sums[2] = {};
+  for (int64_t d = 0; d < D; d += 2 * kLanes<T>)
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      const Vector<T> difference = load(x + d + v * kLanes<T>) - load(y + d + v * kLanes<T>);
+      sums[v] += difference * difference;
+    }
+  return sum<T>(sums[0] + sums[1]);
+}
+
+// The squared distances of what lanes a mask has set, from differences, into q.
+template <class T> __attribute__((noinline)) void measure_close(const Job<T>& job, int64_t i, int64_t j, const Bits<T>& close, Vector<T>& q) {
+  for (int lane = 0; lane < kLanes<T> && j + lane < job.M; ++lane)
+    if (close[lane]) q[lane] = squared_distance(job.x + i * job.ld, job.y + (j + lane) * job.ld, job.D);
+}
+
+// Takes their slopes out of h, and adds what they make of the differences to the sums that are subtracted at the end.
+template <class T>
+__attribute__((noinline)) void gather_close(const Job<T>& job, int64_t i, int64_t j, const Bits<T>& close, Vector<T>& h, T* sums, T* sums_y) {
+  const T* const x = job.x + i * job.ld;
+  for (int lane = 0; lane < kLanes<T> && j + lane < job.M; ++lane) {
+    const T slope = h[lane];
+    if (!close[lane] || slope == 0) continue;
+    h[lane] = 0;
+    const T* const y = job.y + (j + lane) * job.ld;
+    T* const to = sums_y ? sums_y + (j + lane) * job.ld : nullptr;
+    for (int64_t d = 0; d < job.D; d += kLanes<T>) {
+      const Vector<T> part = broadcast(slope) * (load(x + d) - load(y + d));
+      store(sums + d, load(sums + d) - part);
+      if (to) store(to + d, load(to + d) + part);
+    }
+  }
+}
+
+// Rows, a multiple of kTileRows, from i0 on. values and slopes (rows) and slopes_y (M) get sums added; sums (rows, ld) and sums_y
+// (M, ld), as gather_close has them, the part of close pairs.
+template <class T, Kernel kernel, Sweep sweep>
+void product_tile(const Job<T>& job, int64_t i0, int64_t rows, int64_t j0, int64_t columns, T* tile, double* values, double* slopes, T* sums,
+                  double* slopes_y, T* sums_y) {
+  using V = Vector<T>;
+  constexpr bool distances = p_of(kernel) == 2, value = sweep == Sweep::forward || sweep == Sweep::with_gradient;
+  constexpr bool gradient = sweep != Sweep::forward, both = sweep == Sweep::both;
+  constexpr int N = kLanes<T>;
+  T columns_slopes[kProductColumns + N] = {};
+  for (int64_t i = 0; i < rows; i += kTileRows) {
+    T* const q = tile + i * kProductStride;
+    V value_sums[kTileRows] = {}, slope_sums[kTileRows] = {};
+    for (int64_t j = 0; j < columns; j += N) {
+      V k[kTileRows], h[kTileRows];
+      Bits<T> close[kTileRows], some = {};
+#pragma GCC unroll 4
+      for (int r = 0; r < kTileRows; ++r) {
+        V t = load(q + r * kProductStride + j);
+        if constexpr (distances) {
+          const V squares = load(job.products.y_squares + j0 + j) + job.products.x_squares[i0 + i + r];
+          t = squares - (t + t);
+          close[r] = t <= squares * T(kClose);
+          some |= close[r];
+        }
+        k[r] = t;
+      }
+      if (distances && any(some))
+        for (int r = 0; r < kTileRows; ++r)
+          if (any(close[r])) measure_close<T>(job, i0 + i + r, j0 + j, close[r], k[r]);
+#pragma GCC unroll 4
+      for (int r = 0; r < kTileRows; ++r) h[r] = k[r];
+      evaluate_pairs<T, kernel, sweep>(job, i0 + i, j0 + j, columns - j, k, h);
+      if constexpr (distances && gradient)
+        if (any(some))
+          for (int r = 0; r < kTileRows; ++r)
+            if (any(close[r])) gather_close<T>(job, i0 + i + r, j0 + j, close[r], h[r], sums + (i + r) * job.ld, sums_y);
+#pragma GCC unroll 4
+      for (int r = 0; r < kTileRows; ++r) {
+        if constexpr (value) value_sums[r] += k[r];
+        if constexpr (gradient) store(q + r * kProductStride + j, h[r]);
+        if constexpr (gradient && distances) slope_sums[r] += h[r];
+      }
+      if constexpr (both && distances) store(columns_slopes + j, load(columns_slopes + j) + ((h[0] + h[1]) + (h[2] + h[3])));
+    }
+    if constexpr (value) add_lane_sums<T, kTileRows>(value_sums, values + i);
+    if constexpr (gradient && distances) add_lane_sums<T, kTileRows>(slope_sums, slopes + i);
+  }
+  if constexpr (both && distances)
+    for (int64_t j = 0; j < columns; ++j) slopes_y[j0 + j] += columns_slopes[j];
 }
