@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("with TRITON_INTERPRET=1 kernels are interpreted, not compiled", allow_module_level=True)
 
 import triton.language as tl
-from gpu_tools import array, compile_triton, emulator, triton_targets, triton_usage
+from gpu_tools import broken, compile_triton, emulate, emulator, triton_targets, triton_usage
 from samples import inputs
 from triton.backends.compiler import GPUTarget
 
@@ -25,7 +25,6 @@ pytestmark = pytest.mark.gpu_check
 KERNELS = {"forward_kernel": 1, "backward_kernel": 2, "jvp_kernel": 3, "double_backward_kernel": 4}
 TARGETS = triton_targets()
 NVIDIA = {name: target for name, target in TARGETS.items() if target.backend == "cuda"}
-NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
 def arguments(name: str, components: int, dtype: str = "fp32", **known) -> dict:
@@ -79,30 +78,6 @@ def test_sizes_and_strides_of_one(name):
     compile_triton(getattr(kernels, name), arguments(name, 3, **ones), NVIDIA["sm_90"], kernels._WARPS)
 
 
-class Emulated:
-    """Stands in for a kernel: launches go to the emulator."""
-
-    def __init__(self, kernel):
-        self.kernel, self.launches = kernel, 0
-
-    def __getitem__(self, grid):
-        def launch(*values, num_warps, **constants):
-            types = [f"*{NAMES[v.dtype]}" if isinstance(v, torch.Tensor) else "i32" for v in values]
-            parameters = dict(zip(self.kernel.arg_names, types, strict=False)) | constants
-            compiled = compile_triton(self.kernel, parameters, NVIDIA["sm_80"], num_warps)
-            buffers = []
-            for name, value in zip(self.kernel.arg_names, values, strict=False):
-                memory = array(value) if isinstance(value, torch.Tensor) else value
-                buffers.append(ptxemu.Buf(memory, out=True) if name.startswith("out") else memory)
-            metadata, program = compiled.metadata, ptxemu.load(compiled.asm["ptx"])
-            buffers += [None] * (len(program.kernels[metadata.name].params) - len(buffers))  # Triton's scratch memory
-            program.launch(metadata.name, grid, num_warps * 32, buffers, metadata.shared, on_uninit="raise")
-            self.launches += 1
-
-        ptxemu = emulator()
-        return launch
-
-
 CASES = [(37, 3, 5, torch.float32), (65, 2, 8, torch.float32), (33, 1, 18, torch.float32), (9, 2, 66, torch.float32)]
 CASES += [(35, 2, 5, dtype) for dtype in (torch.float16, torch.bfloat16, torch.float64)]
 
@@ -111,13 +86,19 @@ CASES += [(35, 2, 5, dtype) for dtype in (torch.float16, torch.bfloat16, torch.f
 @pytest.mark.parametrize("op", [op for op in references if op.startswith("minibatch_discrimination")])
 def test_emulated_ptx(op, b, k, d, dtype, monkeypatch, record_property):
     name = (op.removeprefix("minibatch_discrimination").lstrip("_") or "forward") + "_kernel"
-    emulated = Emulated(getattr(kernels, name))
-    monkeypatch.setattr(kernels, name, emulated)
+    launches = emulate(monkeypatch, kernels)
     values = inputs(op, (b, k, d), dtype)
     got = getattr(kernels, op)(*values)
     expected = references[op](*(v.double() if isinstance(v, torch.Tensor) else v for v in values))
-    assert emulated.launches == 1
+    assert [launch.kernel for launch in launches] == [name]
     for ours, truth in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (got, expected)), strict=True):
         error = ((ours.double() - truth).abs().max() / truth.abs().max()).item()
         record_property("error", error)
         assert error < {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+
+
+def test_a_kernel_without_its_bounds_fails(monkeypatch):
+    broken(monkeypatch, kernels, "forward_kernel", "mask=i < n", "mask=i < n + 1")
+    emulate(monkeypatch, kernels)
+    with pytest.raises(emulator().KernelFault, match="out of bounds"):
+        kernels.minibatch_discrimination(torch.randn(37, 1, 5), True)
