@@ -93,9 +93,11 @@ def cuda_usage() -> dict[tuple[str, int], Usage]:
     return usages
 
 
-def cuda_ptx() -> str:
-    text = _cuobjdump("-ptx")
-    return text[text.index(".version") : text.rindex("}") + 1]
+def cuda_ptx(kernel: str) -> str:
+    """The PTX of the file in csrc/cuda that has a kernel of this (mangled) name in it."""
+    modules = [text[text.index(".version") : text.rindex("}") + 1] for text in _cuobjdump("-ptx").split("Fatbin ptx code:")[1:]]
+    (module,) = (module for module in modules if re.search(rf"\.entry \w*{kernel}", module))
+    return module
 
 
 def emulator():
@@ -266,27 +268,20 @@ def emulate(monkeypatch, module) -> list[Launch]:
 
 
 def _print_table() -> None:
-    import test_gradient_penalty_triton
-    import test_minibatch_discrimination_cuda as pairs
-    import test_minibatch_discrimination_triton
-    import test_minibatch_stddev_triton
-    import test_spectral_norm_triton
-    import test_streams_cuda as streams
-
-    print("| kernel | arch | registers | shared bytes | spills | occupancy |\n| --- | --- | --- | --- | --- | --- |")
-    triton = (
-        test_minibatch_discrimination_triton,
-        test_minibatch_stddev_triton,
-        test_gradient_penalty_triton,
-        test_spectral_norm_triton,
-    )
-    rows = [row for module in triton for row in module.resource_rows()]
+    names = ("minibatch_discrimination", "minibatch_stddev", "gradient_penalty", "spectral_norm")
+    rows = []
+    try:
+        for name in names:
+            rows += importlib.import_module(f"test_{name}_triton").resource_rows()
+    except pytest.skip.Exception as missing:
+        print(f"Triton: {missing}", file=sys.stderr)
     try:
         for (kernel, arch), usage in cuda_usage().items():
-            name, warps = (streams.describe(kernel), streams.THREADS // 32) if streams.describe(kernel) else (None, pairs.WARPS)
-            rows.append((name or pairs.describe(kernel), f"sm_{arch}", usage, usage.occupancy(arch, warps)))
+            home = importlib.import_module(f"test_{'minibatch_discrimination' if 'pairs' in kernel else 'streams'}_cuda")
+            rows.append((home.describe(kernel), f"sm_{arch}", usage, usage.occupancy(arch, home.WARPS)))
     except pytest.skip.Exception as missing:
         print(f"CUDA C++: {missing}", file=sys.stderr)
+    print("| kernel | arch | registers | shared bytes | spills | occupancy |\n| --- | --- | --- | --- | --- | --- |")
     for kernel, arch, usage, occupancy in rows:
         share = "" if occupancy is None else f"{occupancy:.0%}"
         print(f"| {kernel} | {arch} | {usage.registers} | {usage.shared} | {usage.spills} | {share} |")
