@@ -29,6 +29,7 @@ bench: $(VENV)/built
 	$(BIN)/python -m benchmarks --out out/bench
 
 gpu-check: $(VENV)/built
+	$(BIN)/python tests/gpu_tools.py
 	$(BIN)/python -m pytest -q -m gpu_check -rs
 
 wheel: $(VENV)/tools

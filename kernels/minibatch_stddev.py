@@ -28,7 +28,7 @@ def place_of(batch, groups, units, STRIDED: tl.constexpr):
 
 @triton.jit
 def column_kernel(
-    x, v, grad, reached, values, gradient, parts,
+    x, v, grad, reached, out_values, out_gradient, out_parts,
     batch, groups, slices, pieces, positions, length,  # length of the runs of memory that a slice's positions are
     x_sample, x_run, x_slice, v_sample, v_run, v_slice, grad_sample, grad_run, grad_slice,
     values_sample, values_run, values_slice, gradient_sample, gradient_run, gradient_slice,
@@ -44,8 +44,8 @@ def column_kernel(
     xs = x + of_slice * x_slice + run * x_run + lane
     vs = v + of_slice * v_slice + run * v_run + lane
     grads = grad + of_slice * grad_slice + run * grad_run + lane
-    outs = values + of_slice * values_slice + run * values_run + lane
-    gradients = gradient + of_slice * gradient_slice + run * gradient_run + lane
+    outs = out_values + of_slice * values_slice + run * values_run + lane
+    gradients = out_gradient + of_slice * gradient_slice + run * gradient_run + lane
     x0 = tl.load(xs + first * x_sample, mask=inside, other=0).to(ACC)
     v0 = tl.load(vs + first * v_sample, mask=inside, other=0).to(ACC) if TANGENT else x0
     mean, mean_v = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
@@ -72,7 +72,7 @@ def column_kernel(
     inverse = tl.where(sigma == 0, 0, 1 / sigma)
     statistic = products / count * inverse if TANGENT else sigma
     if VALUES:
-        tl.store(parts + tl.program_id(0), tl.sum(tl.where(inside, statistic, 0).to(tl.float64), 0))
+        tl.store(out_parts + tl.program_id(0), tl.sum(tl.where(inside, statistic, 0).to(tl.float64), 0))
     if WEIGHTS:
         g = tl.load(reached + group * slices + of_slice)
         weight = (g / (count.to(tl.float64) * positions)).to(ACC) * inverse

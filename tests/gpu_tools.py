@@ -93,9 +93,11 @@ def cuda_usage() -> dict[tuple[str, int], Usage]:
     return usages
 
 
-def cuda_ptx() -> str:
-    text = _cuobjdump("-ptx")
-    return text[text.index(".version") : text.rindex("}") + 1]
+def cuda_ptx(kernel: str) -> str:
+    """The PTX of the file in csrc/cuda that has a kernel of this (mangled) name in it."""
+    modules = [text[text.index(".version") : text.rindex("}") + 1] for text in _cuobjdump("-ptx").split("Fatbin ptx code:")[1:]]
+    (module,) = (module for module in modules if re.search(rf"\.entry \w*{kernel}", module))
+    return module
 
 
 def emulator():
@@ -112,44 +114,174 @@ def array(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-_TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+class Memory:
+    """Tensors as an emulated launch sees them: each storage a buffer with bounds of its own, at an address that kernels may
+    be handed in a table, a struct or an argument. What ``outputs`` hold before the launch is nothing: to read it is an error.
+    """
+
+    def __init__(self, tensors, outputs=()):
+        self.engine = importlib.import_module("ptxemu.engine")
+        written = {x.untyped_storage().data_ptr() for x in outputs}
+        self.buffers, self.places = [], {}
+        arena = self.engine.Arena()
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage.nbytes() and storage.data_ptr() not in self.places:
+                memory = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+                self.places[storage.data_ptr()] = arena.add("", memory)
+                self.buffers.append((memory, storage.data_ptr() in written))
+
+    def address(self, tensor: torch.Tensor) -> int:
+        storage = tensor.untyped_storage()
+        return self.places.get(storage.data_ptr(), 0) + tensor.data_ptr() - storage.data_ptr() if storage.nbytes() else 0
+
+    def launch(self, program, *arguments, **options):
+        """``program.launch`` with this memory in place before the arguments' own."""
+        plain, buffers = self.engine.Arena, self.buffers
+
+        class Arena(plain):
+            def __init__(self):
+                super().__init__()
+                for number, (memory, _) in enumerate(buffers):
+                    self.add(f"tensor {number}", memory)
+                self.unwritten = [self.bufs[i][1:3] for i, (_, out) in enumerate(buffers) if out]
+
+            @property
+            def init_g(self):
+                return self.initialised
+
+            @init_g.setter
+            def init_g(self, initialised):
+                for start, end in self.unwritten:
+                    initialised[start // self.granule : end // self.granule] = False
+                self.initialised = initialised
+
+        self.engine.Arena = Arena
+        try:
+            return program.launch(*arguments, on_uninit="raise", **options)
+        finally:
+            self.engine.Arena = plain
+
+
+@dataclass
+class Launch:
+    kernel: str
+    stats: object
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What launches asked of memory, all in bytes but for the ratio."""
+
+    distinct: int  # counted once per launch: what memory has to move at least
+    sectors: int  # of 32 bytes, as asked of the L1 cache: what it moves at most
+    conflicts: float  # passes over shared memory, to what they were without bank conflicts
+
+    @classmethod
+    def of(cls, launches) -> "Traffic":
+        stats = [launch.stats for launch in launches]
+        asked = sum(32 * kind[3] for s in stats for kind in s.glob.values())
+        passes, ideal = (sum(kind[i] for s in stats for kind in s.shared.values()) for i in (4, 5))
+        return cls(sum(s.unique_read + s.unique_written for s in stats), asked, passes / max(1, ideal))
+
+
+TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.int64: "i64"}
+_compiled: dict = {}
 
 
 class Emulated:
-    """Stands in for a Triton kernel: launches go to the emulator. What it writes to are the arguments named out..."""
+    """Stands in for a Triton kernel: launches go to the PTX emulator, which raises for races, reads of memory that nothing
+    wrote and addresses out of bounds. ``known``: tensors that tables may hold the addresses of."""
 
-    def __init__(self, kernel):
-        self.kernel, self.launches = kernel, 0
+    def __init__(self, kernel, launches: list, known=(), target="sm_80"):
+        self.kernel, self.launches, self.known, self.target = kernel, launches, known, target
+        self.emulator = emulator()
+
+    def compiled(self, types: dict, num_warps: int):
+        key = self.kernel, repr(types), num_warps, self.target
+        if key not in _compiled:
+            compiled = compile_triton(self.kernel, types, triton_targets()[self.target], num_warps)
+            _compiled[key] = compiled.metadata, self.emulator.load(compiled.asm["ptx"])
+        return _compiled[key]
 
     def __getitem__(self, grid):
-        def launch(*values, num_warps, **constants):
-            types = [f"*{_TRITON_NAMES[v.dtype]}" if isinstance(v, torch.Tensor) else "i32" for v in values]
-            parameters = dict(zip(self.kernel.arg_names, types, strict=False)) | constants
-            compiled = compile_triton(self.kernel, parameters, triton_targets()["sm_80"], num_warps)
-            buffers = []
-            for name, value in zip(self.kernel.arg_names, values, strict=False):
-                memory = array(value) if isinstance(value, torch.Tensor) else value
-                buffers.append(ptxemu.Buf(memory, out=True) if name.startswith("out") else memory)
-            metadata, program = compiled.metadata, ptxemu.load(compiled.asm["ptx"])
-            buffers += [None] * (len(program.kernels[metadata.name].params) - len(buffers))  # Triton's scratch memory
-            program.launch(metadata.name, grid, num_warps * 32, buffers, metadata.shared, on_uninit="raise")
-            self.launches += 1
+        def launch(*values, num_warps=4, **constants):
+            import triton.language as tl
 
-        ptxemu = emulator()
+            names = self.kernel.arg_names
+            kinds = {torch.Tensor: lambda x: f"*{TRITON_TYPES[x.dtype]}", int: lambda x: "i32", float: lambda x: "fp64"}
+            constants = {k: tl.constexpr(v) if isinstance(v, str) else v for k, v in constants.items()}
+            types = {name: kinds[type(value)](value) for name, value in zip(names, values, strict=False)} | constants
+            metadata, program = self.compiled(types, num_warps)
+            given = [(n, v) for n, v in zip(names, values, strict=False) if isinstance(v, torch.Tensor)]
+            read = {v.untyped_storage().data_ptr() for n, v in given if not n.startswith("out")}
+            outputs = [v for n, v in given if v.untyped_storage().data_ptr() not in read]
+            values = list(values)
+            if "addresses" in names:  # the table's are those of this process
+                memory = Memory(self.known)
+                at, known = names.index("addresses"), {x.data_ptr(): x for x in self.known}
+                translated = [memory.address(known[x]) if x in known else 0 for x in values[at].tolist()]
+                values[at] = torch.tensor(translated)
+            tensors = [value for value in values if isinstance(value, torch.Tensor)]
+            memory = Memory([*self.known, *tensors], outputs)
+            arguments = [memory.address(value) if isinstance(value, torch.Tensor) else value for value in values]
+            arguments += [None] * (len(program.kernels[metadata.name].params) - len(arguments))  # Triton's scratch memory
+            stats = memory.launch(program, metadata.name, grid, num_warps * 32, arguments, metadata.shared)
+            self.launches.append(Launch(self.kernel.__name__, stats))
+
         return launch
 
 
-def _print_table() -> None:
-    from test_minibatch_discrimination_cuda import WARPS, describe
-    from test_minibatch_discrimination_triton import resource_rows
+def broken(monkeypatch, module, function: str, old: str, new: str) -> None:
+    """Put a copy of a module's jitted function in its place whose source has ``new`` for ``old``: what a test has to notice."""
+    import linecache
 
-    print("| kernel | arch | registers | shared bytes | spills | occupancy |\n| --- | --- | --- | --- | --- | --- |")
-    rows = list(resource_rows())
+    import triton
+
+    source = getattr(module, function).src
+    assert old in source
+    name = f"<broken {module.__name__}.{function}>"
+    text = "@triton.jit\n" + source.replace(old, new)
+    linecache.cache[name] = len(text), None, text.splitlines(True), name  # where the compiler looks for sources
+    namespace = module.__dict__ | {"triton": triton}
+    exec(compile(text, name, "exec"), namespace)
+    monkeypatch.setattr(module, function, namespace[function])
+
+
+def emulate(monkeypatch, module) -> list[Launch]:
+    """All kernels of a module of ``fastgan.kernels`` go to the emulator; the list fills with their launches.
+
+    Arguments that a kernel only writes to are those whose names begin with "out".
+    """
+    launches, known = [], []
+    for name in [name for name in vars(module) if name.endswith("_kernel")]:
+        monkeypatch.setattr(module, name, Emulated(getattr(module, name), launches, known))
+    if hasattr(module, "addresses"):
+        original = module.addresses
+
+        def addresses(columns, device):
+            known[:] = [x for column in columns for x in column]
+            return original(columns, device)
+
+        monkeypatch.setattr(module, "addresses", addresses)
+    return launches
+
+
+def _print_table() -> None:
+    names = ("minibatch_discrimination", "minibatch_stddev", "gradient_penalty", "spectral_norm", "pairwise_kernel_sum")
+    rows = []
+    try:
+        for name in names:
+            rows += importlib.import_module(f"test_{name}_triton").resource_rows()
+    except pytest.skip.Exception as missing:
+        print(f"Triton: {missing}", file=sys.stderr)
     try:
         for (kernel, arch), usage in cuda_usage().items():
-            rows.append((describe(kernel), f"sm_{arch}", usage, usage.occupancy(arch, WARPS)))
+            home = importlib.import_module(f"test_{'minibatch_discrimination' if 'pairs' in kernel else 'streams'}_cuda")
+            rows.append((home.describe(kernel), f"sm_{arch}", usage, usage.occupancy(arch, home.WARPS)))
     except pytest.skip.Exception as missing:
         print(f"CUDA C++: {missing}", file=sys.stderr)
+    print("| kernel | arch | registers | shared bytes | spills | occupancy |\n| --- | --- | --- | --- | --- | --- |")
     for kernel, arch, usage, occupancy in rows:
         share = "" if occupancy is None else f"{occupancy:.0%}"
         print(f"| {kernel} | {arch} | {usage.registers} | {usage.shared} | {usage.spills} | {share} |")

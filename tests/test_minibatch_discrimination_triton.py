@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("with TRITON_INTERPRET=1 kernels are interpreted, not compiled", allow_module_level=True)
 
 import triton.language as tl
-from gpu_tools import Emulated, compile_triton, triton_targets, triton_usage
+from gpu_tools import broken, compile_triton, emulate, emulator, triton_targets, triton_usage
 from samples import inputs
 from triton.backends.compiler import GPUTarget
 
@@ -86,13 +86,19 @@ CASES += [(35, 2, 5, dtype) for dtype in (torch.float16, torch.bfloat16, torch.f
 @pytest.mark.parametrize("op", [op for op in references if op.startswith("minibatch_discrimination")])
 def test_emulated_ptx(op, b, k, d, dtype, monkeypatch, record_property):
     name = (op.removeprefix("minibatch_discrimination").lstrip("_") or "forward") + "_kernel"
-    emulated = Emulated(getattr(kernels, name))
-    monkeypatch.setattr(kernels, name, emulated)
+    launches = emulate(monkeypatch, kernels)
     values = inputs(op, (b, k, d), dtype)
     got = getattr(kernels, op)(*values)
     expected = references[op](*(v.double() if isinstance(v, torch.Tensor) else v for v in values))
-    assert emulated.launches == 1
+    assert [launch.kernel for launch in launches] == [name]
     for ours, truth in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (got, expected)), strict=True):
         error = ((ours.double() - truth).abs().max() / truth.abs().max()).item()
         record_property("error", error)
         assert error < {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+
+
+def test_a_kernel_without_its_bounds_fails(monkeypatch):
+    broken(monkeypatch, kernels, "forward_kernel", "mask=i < n", "mask=i < n + 1")
+    emulate(monkeypatch, kernels)
+    with pytest.raises(emulator().KernelFault, match="out of bounds"):
+        kernels.minibatch_discrimination(torch.randn(37, 1, 5), True)

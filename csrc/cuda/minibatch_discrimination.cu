@@ -3,27 +3,16 @@
 // A block owns 32 samples i of one kernel k and one chunk of components; its lanes own rows, its warps share out the
 // samples j of a tile. Tiles lie in shared memory as (j, component): a warp reads one j at a time, a broadcast. The warps'
 // sums meet once at the end, in fixed order: no atomics, the same bits on every run.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-#include <torch/csrc/stable/accelerator.h>
-
 #include <algorithm>
 #include <tuple>
 
-#include "common.h"
+#include "cuda.h"
 
 namespace fastgan {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr int kLanes = 32, kWarps = 4, kThreads = kLanes * kWarps;
 constexpr int kTile = 32, kShare = kTile / kWarps;  // samples j of a tile, and of a warp in it
-
-template <typename T> struct Accumulate { using type = float; };
-template <> struct Accumulate<double> { using type = double; };
 
 // What a kernel computes. Tangent: pairs count with e p instead of e. Components: also the sum with (g_i + g_j) and the signs.
 template <typename T, int Chunk, bool Tangent, bool Components>
@@ -150,16 +139,12 @@ template <typename T, int Chunk, bool Tangent, bool Components>
 void launch(const Call& call, const Tensor& m, const Tensor& tangent, const Tensor& grad) {
   const int64_t B = m.size(0), K = m.size(1), D = m.size(2);
   const int64_t blocks = (B + kLanes - 1) / kLanes * K * (Components ? (D + Chunk - 1) / Chunk : 1);
-  STD_TORCH_CHECK(blocks < (int64_t(1) << 31), "fastgan: minibatch discrimination needs ", blocks, " blocks, more than a grid holds");
   const auto in = [](const Tensor& tensor) { return static_cast<const T*>(tensor.const_data_ptr()); };
   const auto out = [](Tensor* tensor) { return tensor ? static_cast<T*>(tensor->mutable_data_ptr()) : nullptr; };
-  const int32_t device = m.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  const auto stream = static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(device).nativeHandle());
-  pairs<T, Chunk, Tangent, Components><<<unsigned(blocks), kThreads, 0, stream>>>(
+  const Device device(m);
+  pairs<T, Chunk, Tangent, Components><<<grid_of(call.op, blocks), kThreads, 0, device.stream>>>(
       in(m), in(tangent), in(grad), out(call.values), out(call.gradient), B, K, D, call.self_term);
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "fastgan: minibatch discrimination did not launch: ", cudaGetErrorString(error));
+  check_launch(call.op);
 }
 
 template <typename T, bool Tangent, bool Components>
@@ -182,15 +167,7 @@ void run(const Call& call) {
     if (call.values) torch::stable::fill_(*call.values, Tangent ? 0 : m.size(0) - !call.self_term);
     return;
   }
-  switch (m.scalar_type()) {
-    case ScalarType::Float: return run_typed<float, Tangent, Components>(call);
-    case ScalarType::Double: return run_typed<double, Tangent, Components>(call);
-    case ScalarType::Half: return run_typed<__half, Tangent, Components>(call);
-    case ScalarType::BFloat16: return run_typed<__nv_bfloat16, Tangent, Components>(call);
-    default:
-      STD_TORCH_CHECK(false, "fastgan::", call.op, ": m is ", torch::headeronly::toString(m.scalar_type()),
-                      ", expected a floating-point tensor of 16, 32 or 64 bits");
-  }
+  for_cuda_dtype(m.scalar_type(), [&](auto type) { run_typed<decltype(type), Tangent, Components>(call); });
 }
 
 Call describe(const char* op, const Tensor& m) {

@@ -1,0 +1,90 @@
+// Shared by the CUDA kernels.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "common.h"
+
+namespace fastgan {
+
+// 16 bits are added up in float.
+template <class T> struct Accumulate { using type = float; };
+template <> struct Accumulate<double> { using type = double; };
+
+// f(T()) for the type on the device that dtype is.
+template <class F> void for_cuda_dtype(ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float());
+    case ScalarType::Double: return f(double());
+    case ScalarType::Half: return f(__half());
+    default: return f(__nv_bfloat16());
+  }
+}
+
+// The device of a tensor made current, and torch's stream on it.
+struct Device {
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream;
+
+  explicit Device(const Tensor& tensor)
+      : guard(tensor.get_device_index()),
+        stream(static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(tensor.get_device_index()).nativeHandle())) {}
+};
+
+inline void check_launch(const char* op) {
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, "fastgan::", op, " did not launch: ", cudaGetErrorString(error));
+}
+
+inline unsigned grid_of(const char* op, int64_t blocks) {
+  STD_TORCH_CHECK(blocks < (int64_t(1) << 31), "fastgan::", op, " needs ", blocks, " blocks, more than a grid holds");
+  return unsigned(blocks);
+}
+
+// N neighbours in one load or store, of 16 bytes where N is kPacked.
+template <class T, int N> struct alignas(sizeof(T) * N) Pack { T value[N]; };
+template <class T> constexpr int kPacked = 16 / sizeof(T);
+
+constexpr int kBlock = 256;
+constexpr int64_t kElements = 8192;  // of a row, for one block: a multiple of every kPacked
+
+// Of the row cut into pieces of kElements that this block has: which, and from where to where.
+struct Piece {
+  int64_t row, begin, end;
+  __device__ Piece(int64_t length, int64_t pieces)
+      : row(blockIdx.x / pieces), begin(blockIdx.x % pieces * kElements), end(min(length, begin + kElements)) {}
+};
+
+inline int64_t pieces_of_row(int64_t length) { return length > kElements ? (length + kElements - 1) / kElements : 1; }
+
+// May rows at these addresses be read in 16 bytes? Each begins a multiple of its stride after the first.
+inline bool packs(const void* data, int64_t stride, int64_t count, size_t size) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (count <= 1 || stride * size % 16 == 0);
+}
+
+// f(at, pack of N or 1) for this thread's share of a piece: whole packs, then what is left of the row.
+template <int N, class F> __device__ void for_each_pack(const Piece& piece, const F& f) {
+  const int64_t whole = piece.begin + (piece.end - piece.begin) / N * N;
+#pragma unroll 4
+  for (int64_t at = piece.begin + threadIdx.x * N; at < whole; at += kBlock * N) f(at, std::integral_constant<int, N>());
+  if constexpr (N > 1)
+    if (whole + threadIdx.x < piece.end) f(whole + threadIdx.x, std::integral_constant<int, 1>());
+}
+
+template <int N, class T> __device__ Pack<T, N> load(const T* from) { return *reinterpret_cast<const Pack<T, N>*>(from); }
+template <int N, class T> __device__ void store(T* to, const Pack<T, N>& pack) { *reinterpret_cast<Pack<T, N>*>(to) = pack; }
+
+// The sum over the block, for its first thread, always in the same order.
+__device__ inline double block_sum(double value) {
+  __shared__ double of_warp[kBlock / 32];
+  for (int step = 16; step; step /= 2) value += __shfl_down_sync(~0u, value, step);
+  __syncthreads();  // an earlier sum may still be read
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
+  __syncthreads();
+  for (int warp = 1; threadIdx.x == 0 && warp < kBlock / 32; ++warp) value += of_warp[warp];
+  return value;
+}
+
+}  // namespace fastgan
