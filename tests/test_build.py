@@ -68,7 +68,7 @@ def test_pure_python_wheel(tmp_path):
     assert not [file for file in files if file.endswith(".so")]
     packaged = {file for file in files if file.endswith(".py")}
     here = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastgan").rglob("*.py")}
-    here |= {f"fastgan/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    here |= {f"fastgan/{folder}/{path.name}" for folder in ("benchmarks", "kernels") for path in (ROOT / folder).glob("*.py")}
     assert packaged == here
 
 
