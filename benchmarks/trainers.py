@@ -24,8 +24,6 @@ from torch.nn import functional as F
 import fastgan
 from fastgan import measure
 
-DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.Import, ast.ImportFrom)
-
 
 def definitions(path: Path, names: set[str], given: dict) -> types.SimpleNamespace:
     """Some classes and functions of a script that can't be imported as a whole."""
@@ -45,22 +43,16 @@ def digits(size: int, channels: int) -> torch.Tensor:
 
 
 class Trainer:
-    """One repository's networks and updates. ``critic_loss`` and ``generator_loss`` call its own functions."""
+    """One repository's networks and updates.
+
+    ``__init__(folder)`` makes ``generator``, ``critic`` and ``data`` (N, ...); ``critic_loss(generator, critic, real)`` and
+    ``generator_loss(generator, critic, real)`` call the repository's own functions.
+    """
 
     repository: str
     batch: int
     latent: int
     learning_rate, betas = 2e-4, (0.5, 0.9)
-
-    def __init__(self, folder: Path):
-        """Make ``self.generator``, ``self.critic`` and ``self.data`` (N, ...)."""
-        raise NotImplementedError
-
-    def critic_loss(self, generator, critic, real):
-        raise NotImplementedError
-
-    def generator_loss(self, generator, critic, real):
-        raise NotImplementedError
 
     def noise(self, real):
         return torch.randn(len(real), self.latent)

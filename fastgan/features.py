@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastgan._checks import check_tensor
 from fastgan._dtypes import FLOATS, accumulate_dtype
-from fastgan.neighbours import check_points
 
 __all__ = ["feature_matching", "pulling_away"]
 
@@ -103,7 +103,7 @@ def pulling_away(features: Tensor) -> Tensor:
     Source: Zhao, Mathieu, LeCun 2017, "Energy-based Generative Adversarial Networks", section 2.4. Copies of it that keep i = j
     are larger by about 1 / B; some normalise over the batch, which means something else.
     """
-    check_points("pulling_away", "features", features, "(B, D)")
+    check_tensor("pulling_away", "features", features, "(B, D)")
     x = features.to(accumulate_dtype(features.dtype))
     b, d = x.shape
     if b < 2:

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastgan._checks import check_tensor
 from fastgan._dtypes import FLOATS, accumulate_dtype
 from fastgan.critic import critic_step as critic_step
 from fastgan.critic import explain as explain
@@ -28,23 +29,6 @@ from fastgan.two_sample import energy_distance as energy_distance
 from fastgan.two_sample import median_bandwidth as median_bandwidth
 from fastgan.two_sample import mmd as mmd
 from fastgan.two_sample import pairwise_kernel_sum as pairwise_kernel_sum
-
-
-def _check_tensor(function: str, name: str, value, shape: str) -> None:
-    """Type, rank and floating dtype of one argument; ``shape`` is written like "(B, K, D)", or "(B, C, ...)" for 2 or more."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{function}: {name} is a {type(value).__name__}, expected a torch.Tensor of shape {shape}")
-    rank, more = shape.count(",") + 1, shape.endswith("...)")
-    if value.dim() < rank - 1 if more else value.dim() != rank:
-        raise ValueError(
-            f"{function}: {name} has {value.dim()} dimensions {tuple(value.shape)}, expected "
-            f"{f'{rank - 1} or more' if more else rank}: {shape}"
-            + (". A (B, K*D) projection becomes it with .view(B, K, D)" if shape == "(B, K, D)" and value.dim() == 2 else "")
-        )
-    if value.dtype not in FLOATS:
-        raise TypeError(
-            f"{function}: {name} has dtype {value.dtype}, expected a floating dtype; convert it with {name}.float()"
-        )
 
 
 def minibatch_discrimination(m: Tensor, *, self_term: bool = True, group=None) -> Tensor:
@@ -71,7 +55,7 @@ def minibatch_discrimination(m: Tensor, *, self_term: bool = True, group=None) -
 
     Source: Salimans et al. 2016, "Improved Techniques for Training GANs", section 3.2.
     """
-    _check_tensor("minibatch_discrimination", "m", m, "(B, K, D)")
+    check_tensor("minibatch_discrimination", "m", m, "(B, K, D)")
     if group is None:
         return _minibatch_discrimination.forward(m, self_term)
     everyone, counts = gather_batch(m, group, "minibatch_discrimination: m")
@@ -135,7 +119,7 @@ def minibatch_stddev(
     Source: Karras et al. 2017, "Progressive Growing of GANs", section 3; groups and slices as in the code of Karras et al.
     2020, "Analyzing and Improving the Image Quality of StyleGAN".
     """
-    _check_tensor("minibatch_stddev", "x", x, "(B, C, ...)")
+    check_tensor("minibatch_stddev", "x", x, "(B, C, ...)")
     check_stddev_options("minibatch_stddev", group_size, num_channels, layout, remainder, eps)
     if x.shape[1] == 0 or x.shape[1] % num_channels:
         raise ValueError(

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from fastgan._dtypes import FLOATS, accumulate_dtype
+from fastgan._checks import check_points
+from fastgan._dtypes import accumulate_dtype
 
 __all__ = ["nearest_distances"]
 
@@ -12,20 +13,6 @@ _TILE = {"cpu": 1 << 20}
 _TILE_ELSEWHERE = 1 << 26
 _COLUMNS = 4096  # of a tile, at least
 _GROUP = 16  # columns of a tile that the search first looks at together
-
-
-def check_points(function: str, name: str, value, shape: str) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{function}: {name} is a {type(value).__name__}, expected a torch.Tensor of shape {shape}")
-    if value.dim() != 2:
-        raise ValueError(
-            f"{function}: {name} has {value.dim()} dimensions {tuple(value.shape)}, expected 2: {shape}, one point a row; "
-            f"images become it with {name}.flatten(1)"
-        )
-    if value.dtype not in FLOATS:
-        raise TypeError(
-            f"{function}: {name} has dtype {value.dtype}, expected a floating dtype; convert it with {name}.float()"
-        )
 
 
 def _smallest(d: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -112,18 +99,8 @@ def nearest_distances(
     Source: Kynkäänniemi et al. 2019, "Improved Precision and Recall Metric for Assessing Generative Models"; Naeem et al.
     2020, "Reliable Fidelity and Diversity Metrics for Generative Models".
     """
-    check_points("nearest_distances", "x", x, "(N, D)")
     same, others = y is None, x if y is None else y
-    check_points("nearest_distances", "y", others, "(M, D)")
-    if x.shape[1] != others.shape[1]:
-        raise ValueError(
-            f"nearest_distances: x {tuple(x.shape)} and y {tuple(others.shape)} have points of different dimensions D"
-        )
-    if x.dtype != others.dtype or x.device != others.device:
-        raise TypeError(
-            f"nearest_distances: x is {x.dtype} on {x.device}, y {others.dtype} on {others.device}, expected the same of both; "
-            "convert one with y.to(x)"
-        )
+    check_points("nearest_distances", x, others)
     if p not in (1, 2):
         raise ValueError(f"nearest_distances: p is {p!r}, expected 1 or 2")
     most = len(others) - same

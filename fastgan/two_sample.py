@@ -6,35 +6,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastgan._dtypes import FLOATS, accumulate_dtype
+from fastgan._checks import check_points
+from fastgan._dtypes import accumulate_dtype
 from fastgan.ops import pairwise_kernel_sum as _pairwise_kernel_sum
 from fastgan.ops.gradient_penalty import norms_of
 
 _KERNELS = _pairwise_kernel_sum.KERNELS
 #: Points of each sample that the median heuristic looks at.
 _MEDIAN_OF = 512
-
-
-def _check_points(function: str, x, y) -> None:
-    for name, value, size in (("x", x, "N"), ("y", y, "M")):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{function}: {name} is a {type(value).__name__}, expected a torch.Tensor of shape ({size}, D)")
-        if value.dim() != 2:
-            raise ValueError(
-                f"{function}: {name} has {value.dim()} dimensions {tuple(value.shape)}, expected 2: ({size}, D), one point a "
-                f"row; images become it with {name}.flatten(1)"
-            )
-        if value.dtype not in FLOATS:
-            raise TypeError(
-                f"{function}: {name} has dtype {value.dtype}, expected a floating dtype; convert it with {name}.float()"
-            )
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(f"{function}: x {tuple(x.shape)} and y {tuple(y.shape)} have points of different dimensions D")
-    if x.dtype != y.dtype or x.device != y.device:
-        raise TypeError(
-            f"{function}: x is {x.dtype} on {x.device}, y {y.dtype} on {y.device}, expected the same of both; "
-            f"convert one with y.to(x)"
-        )
 
 
 def _constants(function: str, name: str, given, x: Tensor) -> Tensor:
@@ -121,7 +100,7 @@ def pairwise_kernel_sum(
 
     A NaN in a point makes the sums it takes part in NaN.
     """
-    _check_points("pairwise_kernel_sum", x, y)
+    check_points("pairwise_kernel_sum", x, y)
     options = _kernel("pairwise_kernel_sum", x, kernel, bandwidths, weights, alpha, degree, offset)
     if exclude_diagonal and x.shape[0] != y.shape[0]:
         raise ValueError(
@@ -146,7 +125,7 @@ def median_bandwidth(x: Tensor, y: Tensor, *, p: float = 2) -> Tensor:
 
     Source: Gretton et al. 2012, "A Kernel Two-Sample Test", section 8.
     """
-    _check_points("median_bandwidth", x, y)
+    check_points("median_bandwidth", x, y)
     if x.shape[0] + y.shape[0] < 2:
         raise ValueError("median_bandwidth: x and y have fewer than 2 points together, between which there is no distance")
     some = [z.detach()[:: max(1, -(-z.shape[0] // _MEDIAN_OF))] for z in (x, y)]
@@ -227,7 +206,7 @@ def mmd(
     Matching Networks", and Binkowski et al. 2018, "Demystifying MMD GANs", whose kernel inception distance is
     ``kernel="polynomial", unbiased=True`` on Inception's features.
     """
-    _check_points("mmd", x, y)
+    check_points("mmd", x, y)
     x, y = _widened(x, y)
     if bandwidths is None and kernel in ("laplacian", "gaussian", "rational_quadratic") and x.shape[0] + y.shape[0] > 1:
         bandwidths = median_bandwidth(x, y, p=_KERNELS[kernel])
@@ -254,7 +233,7 @@ def energy_distance(x: Tensor, y: Tensor, *, unbiased: bool = False, squared: bo
 
     Source: Szekely and Rizzo 2013, "Energy statistics: A class of statistics based on distances".
     """
-    _check_points("energy_distance", x, y)
+    check_points("energy_distance", x, y)
     x, y = _widened(x, y)
     options = _kernel("energy_distance", x, "energy", 1.0, None, 1.0, 1, 0.0)
     return _discrepancy("energy_distance", x, y, options, unbiased, squared)
