@@ -8,8 +8,9 @@ from fastgan._dtypes import accumulate_dtype
 
 __all__ = ["nearest_distances"]
 
-# Elements of a tile of distances: on CPUs it should stay in the cache between the product and the search.
-_TILE = {"cpu": 1 << 20}
+# Elements of a tile of distances. On CPUs: near enough to the cache for the search, and large enough for the product, which
+# reads all points of y once per row of tiles: the more coordinates they have, the more square a tile should be.
+_TILE = {"cpu": 1 << 22}
 _TILE_ELSEWHERE = 1 << 26
 _COLUMNS = 4096  # of a tile, at least
 _GROUP = 16  # columns of a tile that the search first looks at together
@@ -43,7 +44,7 @@ def _neighbours(x: Tensor, y: Tensor, k: int, p: int, same: bool) -> Tensor:
         x, y = x - centre, y - centre
     squares = torch.where(fine, y.square().sum(1) if p == 2 else 0, torch.inf).to(x.dtype)
     tile = _TILE.get(x.device.type, _TILE_ELSEWHERE)
-    columns = min(m, max(_COLUMNS, tile >> 12))
+    columns = min(m, max(_COLUMNS if x.shape[1] <= 512 else _COLUMNS // 2, tile >> 12))
     rows = max(1, tile // columns)
     found = torch.empty(n, k, dtype=torch.long, device=x.device)
     for top in range(0, n, rows):

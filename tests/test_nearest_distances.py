@@ -19,7 +19,7 @@ def sorted_distances(x, y, p=2, same=False):
     return d.sort(1)
 
 
-@pytest.fixture(params=[1 << 20, 600], ids=["one tile", "many tiles"])
+@pytest.fixture(params=[1 << 22, 600], ids=["one tile", "many tiles"])
 def tile(request, monkeypatch):
     monkeypatch.setitem(neighbours._TILE, "cpu", request.param)
     if request.param == 600:
@@ -100,8 +100,8 @@ def test_points_that_are_not_finite_come_last(tile):
 
 
 def test_no_matrix_of_distances_is_kept():
-    x, y = points(6000, 4), points(6000, 4, 1)
-    assert memory.peak_bytes(lambda: fastgan.nearest_distances(x, y, k=5)) < 6000 * 6000 * 4 / 8
+    x, y = points(12000, 4), points(12000, 4, 1)
+    assert memory.peak_bytes(lambda: fastgan.nearest_distances(x, y, k=5)) < 12000 * 12000 * 4 / 16
 
 
 @pytest.mark.parametrize(
