@@ -70,15 +70,21 @@ def triton_usage(compiled, folder: Path) -> Usage:
     return Usage(int(re.search(r"Used (\d+) registers", said)[1]), shared, spills)
 
 
-def _cuobjdump(*arguments: str) -> str:
-    """NVIDIA's tool as Triton brings it, on the built extension."""
+def cuda_extension():
+    """The built extension, where it has CUDA kernels; else the test is skipped."""
     if not extension.loaded or extension.record["cuda"] == "none":
         pytest.skip("fastgan._C is not built with CUDA (FASTGAN_BUILD=cuda python setup.py build_ext --inplace)")
+    return extension
+
+
+def _cuobjdump(*arguments: str) -> str:
+    """NVIDIA's tool as Triton brings it, on the built extension."""
+    path = cuda_extension().path
     nvidia = pytest.importorskip("triton.backends.nvidia", reason="cuobjdump comes with triton, which is not installed")
     tool = Path(nvidia.__path__[0], "bin", "cuobjdump")
     if not tool.exists():
         pytest.skip("this triton brings no cuobjdump")
-    return subprocess.run([tool, *arguments, str(extension.path)], check=True, capture_output=True, text=True).stdout
+    return subprocess.run([tool, *arguments, str(path)], check=True, capture_output=True, text=True).stdout
 
 
 def cuda_usage() -> dict[tuple[str, int], Usage]:
