@@ -10,6 +10,8 @@ COMMANDS = {
     "profile": ("fastgan.profiler.command", "where a training script spends time and memory, and what fastgan would gain"),
     "doctor": ("fastgan.doctor", "which kernels serve on this machine, and why"),
     "demo": ("fastgan.demo", "train a small GAN with plain PyTorch and with fastgan, and compare"),
+    "train": ("fastgan.training.command", "train one of the GANs of fastgan.recipes; train --list shows them"),
+    "sample": ("fastgan.training.sample", "draw from a trained run"),
 }
 
 

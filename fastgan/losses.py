@@ -18,6 +18,7 @@ from fastgan._dtypes import accumulate_dtype
 
 __all__ = [
     "CriticLoss",
+    "generator",
     "get",
     "hinge",
     "hinge_generator",
@@ -235,6 +236,11 @@ _LOSSES = {
 def names():
     """The names :func:`get` knows."""
     return tuple(_LOSSES)
+
+
+def generator(name):
+    """The generator's side of a named loss: a callable(fake_scores, real_scores=None) -> scalar. ValueError as in :func:`get`."""
+    return globals()[f"{get(name).name}_generator"]
 
 
 def get(loss):

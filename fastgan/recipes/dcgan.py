@@ -1,0 +1,25 @@
+"""DCGAN: convolutions all through, batch norm in both networks, weights from N(0, 0.02), Adam with beta1 = 0.5.
+
+Radford, Metz, Chintala, "Unsupervised representation learning with deep convolutional generative adversarial networks", 2016.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fastgan.training import networks
+from fastgan.training.recipe import GAN, GANOptions
+
+
+@dataclass
+class Options(GANOptions):
+    init: str = "normal"
+
+
+class Recipe(GAN):
+    Options = Options
+
+    def build(self):
+        o = self.options
+        critic = networks.ConvCritic(self.source.shape, o.width, norm=nn.BatchNorm2d)
+        return {"generator": networks.ConvGenerator(o.z_dim, self.source.shape, o.width), "critic": critic}

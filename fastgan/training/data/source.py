@@ -1,0 +1,82 @@
+"""What a data source is, and the batches drawn from it."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+
+class Source(Dataset):
+    """Samples by index, as dictionaries: "image" (C, H, W) in [-1, 1] or points (D,), "label" (scalar) where there are classes.
+
+    Here they lie in memory, as ``tensors`` of one length; other sources override ``__len__`` and ``__getitems__``.
+    ``shape``: of one sample. ``class_names``: what labels mean.
+    """
+
+    def __init__(self, name: str, tensors: dict[str, Tensor], class_names: tuple[str, ...] = ()):
+        self.name, self.tensors, self.class_names = name, tensors, class_names
+        self.shape = tuple(tensors["image"].shape[1:])
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.tensors["image"])
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {key: tensor[0] for key, tensor in self.__getitems__([i]).items()}
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        """A whole batch; DataLoader asks for it where it is there."""
+        return {key: tensor[rows] for key, tensor in self.tensors.items()}
+
+
+class _Rows:
+    """Row numbers of one rank's part of each batch, from batch ``start`` on: each epoch is a permutation of its own seed."""
+
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int, world: int, start: int):
+        self.length, self.batch_size, self.seed, self.rank, self.world, self.start = (
+            length,
+            batch_size,
+            seed,
+            rank,
+            world,
+            start,
+        )
+
+    def __iter__(self) -> Iterator[list[int]]:
+        per_epoch = self.length // self.batch_size
+        epoch, first = divmod(self.start, per_epoch)
+        while True:
+            order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed + 7919 * epoch))
+            for i in range(first, per_epoch):
+                batch = order[i * self.batch_size : (i + 1) * self.batch_size]
+                yield batch[self.rank :: self.world].tolist()
+            epoch, first = epoch + 1, 0
+
+
+def _whole(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The source made a batch of it already."""
+    return batch
+
+
+class Batches:
+    """Endless batches whose n-th is always the same, so that a run that goes on sees what it would have seen.
+
+    ``batch_size``: of all ranks together. ``start``: batches drawn before. ``workers``: processes that load ahead.
+    """
+
+    def __init__(self, source: Source, batch_size: int, seed: int, rank=0, world=1, start=0, workers=0):
+        if batch_size > len(source):
+            raise ValueError(f"--batch-size {batch_size} is more than the {len(source)} samples of {source.name}")
+        if batch_size % world:
+            raise ValueError(f"--batch-size {batch_size} is of all {world} processes together: expected a multiple of {world}")
+        self.drawn = start
+        rows = _Rows(len(source), batch_size, seed, rank, world, start)
+        self._loader = iter(DataLoader(source, batch_sampler=rows, num_workers=workers, collate_fn=_whole))
+
+    def __next__(self) -> dict[str, Tensor]:
+        self.drawn += 1
+        return next(self._loader)

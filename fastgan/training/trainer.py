@@ -1,0 +1,255 @@
+"""The one loop that trains every recipe: turns of its players, averages, samples, logs, checkpoints."""
+
+import json
+import math
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import fastgan
+
+from . import checkpoint, parallel, pictures
+from .data import Batches, Source
+from .networks import initialise
+from .recipe import Player, Recipe
+
+SHOWN = 64  # samples in a picture of images
+SHOWN_POINTS = 4000
+
+
+class Diverged(RuntimeError):
+    """A loss is no longer finite."""
+
+
+class Trainer:
+    """Trains ``recipe`` on ``source``.
+
+    ``out``: folder of checkpoints, samples and log.jsonl, or None to write nothing. ``amp``: autocast, float16 with a
+    GradScaler on CUDA and bfloat16 elsewhere. ``compile``: of each generator-side network, and ``critic_step(compile=True)``.
+    ``processes``: what :func:`parallel.start` found. Networks are initialised from ``seed``, each process draws its own noise.
+    """
+
+    def __init__(
+        self, recipe_class: type[Recipe], options, source: Source, *, batch_size: int, steps: int, seed: int = 0,
+        out: Path | None = None, device: torch.device | str = "cpu", amp: bool = False, compile: bool = False,
+        processes: parallel.Processes = parallel.ALONE, workers: int = 0,
+    ):  # fmt: skip
+        self.steps, self.out, self.seed, self.processes = steps, out, seed, processes
+        self.device, self.batch_size, self.source, self.workers = torch.device(device), batch_size, source, workers
+        torch.manual_seed(seed)
+        self.recipe = recipe = recipe_class(options, source)
+        self.raw: dict[str, nn.Module] = dict(recipe.networks)
+        for module in self.raw.values():
+            initialise(module, options.init)
+            module.to(self.device)
+            if options.fast:
+                fastgan.accelerate(module)
+        self.averages = {
+            name: torch.optim.swa_utils.AveragedModel(
+                self.raw[name], multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(options.ema), use_buffers=True
+            ).eval()
+            for name in (recipe.averaged if options.ema else ())
+        }
+        self.players = recipe.players()
+        critics = {name for player in self.players if player.is_critic for name in player.networks}
+        self.wrapped = {
+            name: processes.wrap(torch.compile(m) if compile and name not in critics else m) for name, m in self.raw.items()
+        }
+        self.optimizers = {player.name: self._optimizer(player) for player in self.players}
+        half = torch.float16 if self.device.type == "cuda" else torch.bfloat16
+        self.autocast = (lambda: torch.autocast(self.device.type, half)) if amp else nullcontext
+        recipe.scaler = self.scaler = torch.amp.GradScaler() if amp and half == torch.float16 else None
+        recipe.compile, recipe.step = compile, 0
+        self.batches = Batches(source, batch_size, seed, processes.rank, processes.world, workers=workers)
+        self.losses: dict[str, Tensor] = {}
+        torch.manual_seed(seed + processes.rank)  # from here on ranks draw different noise
+
+    def _optimizer(self, player: Player) -> torch.optim.Optimizer:
+        o = self.recipe.options
+        parameters = [p for name in player.networks for p in self.raw[name].parameters() if p.requires_grad]
+        rate = o.lr_critic if player.is_critic and o.lr_critic else o.lr
+        if o.optimizer == "adam":
+            return torch.optim.Adam(parameters, rate, (o.beta1, o.beta2))
+        if o.optimizer == "rmsprop":
+            return torch.optim.RMSprop(parameters, rate)
+        return torch.optim.SGD(parameters, rate, momentum=o.beta1)
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """One step: each player's turns. ``self.losses``: the terms of each, detached, after it."""
+        self.recipe.step = self.done
+        self._decay()
+        for player in self.players:
+            if self.done % player.every == 0:
+                for _ in range(player.updates):
+                    self._turn(player)
+        for name, average in self.averages.items():
+            average.update_parameters(self.raw[name])
+        self.done += 1
+
+    done = 0  # steps
+
+    def _turn(self, player: Player) -> None:
+        options, optimizer = self.recipe.options, self.optimizers[player.name]
+        batch = {key: value.to(self.device, non_blocking=True) for key, value in next(self.batches).items()}
+        if options.flip and batch["image"].dim() == 4:
+            mirrored = torch.rand(len(batch["image"]), 1, 1, 1, device=self.device) < 0.5
+            batch["image"] = torch.where(mirrored, batch["image"].flip(3), batch["image"])
+        for name, module in self.raw.items():
+            module.requires_grad_(name in player.networks)
+            self.recipe.networks[name] = self.wrapped[name] if name in player.networks else module
+        with self.autocast():
+            terms = player.loss(batch)
+        loss = sum(terms.values())
+        optimizer.zero_grad(set_to_none=True)
+        if self.scaler:
+            self.scaler.scale(loss).backward()
+            self.scaler.unscale_(optimizer)
+        else:
+            loss.backward()
+        parameters = optimizer.param_groups[0]["params"]
+        if options.clip_gradient:
+            nn.utils.clip_grad_norm_(parameters, options.clip_gradient)
+        if self.scaler:
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        else:
+            optimizer.step()
+        if options.clip_weight and player.is_critic:
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter.clamp_(-options.clip_weight, options.clip_weight)
+        self.losses.update({name: value.detach() for name, value in terms.items()})
+
+    def _decay(self) -> None:
+        share = self.recipe.options.lr_decay
+        if not share:
+            return
+        factor = min(1.0, (self.steps - self.done) / max(1.0, share * self.steps))
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+
+    # --- the whole run -----------------------------------------------------------------------------------------------
+
+    def run(self, *, sample_every: int = 500, save_every: int = 500, log_every: int = 10, after_step=None) -> None:
+        """Train to ``steps``. ``after_step(trainer)`` is called after each. Raises :class:`Diverged`, naming loss and step."""
+        started, before = time.perf_counter(), self.done
+        board = self._tensorboard()
+        while self.done < self.steps:
+            self.step()
+            last = self.done == self.steps
+            if self.done % log_every == 0 or last:
+                values = {name: float(value) for name, value in self.losses.items()}
+                for name, value in values.items():
+                    if not math.isfinite(value):
+                        raise Diverged(f"the loss of {name} is {value} at step {self.done}")
+                speed = (self.done - before) / (time.perf_counter() - started)
+                self._log({"step": self.done, **values, "steps_per_second": round(speed, 3)}, board)
+            if self.out and (self.done % sample_every == 0 or last):
+                self.picture(self.out / "samples" / f"step-{self.done:08}.png")
+            if self.out and (self.done % save_every == 0 or last):
+                self.save()
+            if after_step:
+                after_step(self)
+        if board:
+            board.close()
+
+    def _tensorboard(self):
+        if not self.out or self.processes.rank:
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return None
+        return SummaryWriter(self.out / "tensorboard")
+
+    def _log(self, row: dict, board) -> None:
+        if not self.out or self.processes.rank:
+            return
+        with (self.out / "log.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if board:
+            for name, value in row.items():
+                board.add_scalar(name, value, row["step"])
+
+    def for_sampling(self) -> Recipe:
+        """The recipe with its averaged networks, in evaluation mode; :meth:`step` puts the trained ones back."""
+        for name, module in self.raw.items():
+            average = self.averages.get(name)
+            self.recipe.networks[name] = average.module if average else module.eval()
+        return self.recipe
+
+    def back_to_training(self) -> None:
+        for module in self.raw.values():
+            module.train()
+
+    @torch.no_grad()
+    def picture(self, path: Path) -> None:
+        """Samples of the averaged networks, from the same latents each time; the run's own random state stays as it is."""
+        points = len(self.source.shape) == 1
+        recipe, states = self.for_sampling(), checkpoint.pack_random()
+        torch.manual_seed(self.seed)
+        n = SHOWN_POINTS if points else SHOWN
+        rows = torch.linspace(0, len(self.source) - 1, n).long().tolist()
+        batch = {key: value.to(self.device) for key, value in self.source.__getitems__(rows).items()}
+        samples = recipe.show(batch, n)
+        checkpoint.unpack_random(states)
+        self.back_to_training()
+        if not self.processes.rank:
+            pictures.save(path, samples, batch["image"] if points else None)
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """A checkpoint of this moment in ``out/checkpoints``; a run that resumes from it goes on as this one does."""
+        random = self.processes.gather(checkpoint.pack_random())
+        tensors = {
+            "model": self.processes.whole(self.raw),
+            "average": checkpoint.pack_modules({name: average.module for name, average in self.averages.items()}),
+            "training": checkpoint.pack_optimizers(self.optimizers)
+            | {f"rank{rank}.{key}": value for rank, states in enumerate(random) for key, value in states.items()},
+        }
+        state = {
+            "step": self.done,
+            "batches": self.batches.drawn,
+            "averaged": {name: int(average.n_averaged) for name, average in self.averages.items()},
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+        }
+        if not self.processes.rank:
+            checkpoint.save(self.out / "checkpoints", self.done, tensors, state)
+        self.processes.wait()
+
+    def resume(self) -> bool:
+        """Go on from the newest checkpoint in ``out``; False where there is none."""
+        available = checkpoint.found(self.out / "checkpoints")
+        if not available:
+            return False
+        tensors, state = checkpoint.load(available[-1])
+        checkpoint.unpack_modules(self.raw, tensors["model"])
+        checkpoint.unpack_modules({name: a.module for name, a in self.averages.items()}, tensors.get("average", {}))
+        for name, count in state["averaged"].items():
+            self.averages[name].n_averaged.fill_(count)
+        checkpoint.unpack_optimizers(self.optimizers, tensors["training"])
+        if self.scaler and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.done = state["step"]
+        p = self.processes
+        self.batches = Batches(
+            self.source, self.batch_size, self.seed, p.rank, p.world, start=state["batches"], workers=self.workers
+        )
+        own = {key.partition(".")[2]: value for key, value in tensors["training"].items() if key.startswith(f"rank{p.rank}.")}
+        if own:
+            checkpoint.unpack_random(own)
+        self._forget_log_after(self.done)
+        return True
+
+    def _forget_log_after(self, step: int) -> None:
+        path = self.out / "log.jsonl"
+        if not self.processes.rank and path.exists():
+            rows = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+            path.write_text("".join(f"{row}\n" for row in rows))
