@@ -1,7 +1,8 @@
 """What images are compared by: features of a classifier trained on the spot, of a fixed random network, or of InceptionV3.
 
-All work offline but the last, and are scaled to a mean variance of 1 over the source's images. Distances in the features of different networks have nothing to do with each other, so that only
-InceptionV3's can stand beside published ones; ``Extractor.note`` goes with every result.
+All work offline but the last, and the first two are scaled to a mean variance of 1 over the source's images. Distances in the
+features of different networks have nothing to do with each other, so that only InceptionV3's can stand beside published ones;
+``Extractor.note`` goes with every result.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ PART = 500  # images at a time
 
 @dataclass(frozen=True)
 class Extractor:
-    """``call(images (N, C, H, W) in [-1, 1])`` is (features (N, D), logits (N, classes) or None), float32 on the images' device.
+    """``extractor(images (N, C, H, W) in [-1, 1])`` is (features (N, D), logits (N, classes) or None), on the images' device.
 
     ``classes``: how many classes of the source the logits are about, 0 where they are about others. ``accuracy``: of the
     classifier, on images that it was not trained on.

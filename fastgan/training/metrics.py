@@ -1,12 +1,13 @@
 """How good samples are: ``evaluate(recipe.sample, recipe.source, 2000)``, metrics by name.
 
-| of | metrics |
-| --- | --- |
-| points with labels | ``modes`` that are covered, ``high_quality``: share of samples near a mode |
-| images, points without labels | ``precision``, ``recall`` (Kynkäänniemi et al., 2019), ``density``, ``coverage`` (Naeem et al., 2020) |
-| images | ``fid`` (Heusel et al., 2017), ``kid`` (Bińkowski et al., 2018), in the features of :mod:`~fastgan.training.features` |
-| images with labels | ``classes`` that are covered, ``inception_score`` (Salimans et al., 2016) with the same classifier |
-| pairs of images | ``psnr``, ``ssim`` (Wang et al., 2004), by :func:`paired` |
+* points: ``energy_distance`` from the source; with labels ``modes`` that are covered and ``high_quality``, the share of samples
+  near a mode;
+* images: ``fid`` (Heusel et al., 2017) and ``kid`` (Bińkowski et al., 2018) in the features of
+  :mod:`~fastgan.training.features`; with labels ``classes`` that are covered and ``inception_score`` (Salimans et al., 2016) by
+  the same classifier;
+* images, and points without labels: ``precision``, ``recall`` (Kynkäänniemi et al., 2019), ``density``, ``coverage`` (Naeem et
+  al., 2020);
+* pairs of images: ``psnr``, ``ssim`` (Wang et al., 2004), by :func:`paired`.
 
 A mode or a class is covered if it gets at least a fifth of an even share of the samples; a sample is near a mode within three
 standard deviations. Of 25 modes and 2500 samples that is 20 samples.
@@ -24,10 +25,14 @@ from .data import Source
 from .features import PART, Extractor, extractor
 
 #: metrics of which less is better; of all others more is
-LESS_IS_BETTER = frozenset({"fid", "kid", "error", "l1", "l2", "reconstruction_error"})
+LESS_IS_BETTER = frozenset({"energy_distance", "error", "fid", "kid", "l1", "l2", "reconstruction_error"})
 REAL = 5000  # samples of the source that others are compared with, at most
 NEAREST, NEAREST_DENSITY = 3, 5  # neighbours that make the balls of precision and recall, of density and coverage
 LEAST = 10  # samples
+
+
+class NotFinite(ValueError):
+    """Samples hold NaN or infinity."""
 
 
 def evaluate(sample: Callable[[int], Tensor], source: Source, n: int = 2000, features: str | None = None) -> dict[str, float]:
@@ -39,7 +44,7 @@ def evaluate(sample: Callable[[int], Tensor], source: Source, n: int = 2000, fea
         features: of images: "classifier", "random" or "inception"; None: the classifier where there are labels, else random.
 
     The random state that samples are drawn from is put back afterwards, so that a run that is evaluated goes on unchanged.
-    ValueError: n too small, samples of another shape or not finite; ModuleNotFoundError says what "inception" needs.
+    ValueError: n too small, samples of another shape; :class:`NotFinite`; ModuleNotFoundError says what "inception" needs.
     """
     if n < LEAST:
         raise ValueError(f"n is {n}: expected at least {LEAST}")
@@ -48,7 +53,7 @@ def evaluate(sample: Callable[[int], Tensor], source: Source, n: int = 2000, fea
         if drawn.shape[1:] != source.shape:
             raise ValueError(f"samples have shape {tuple(drawn.shape[1:])}, those of {source.name} {source.shape}")
         if bad := int((~drawn.flatten(1).isfinite().all(1)).sum()):
-            raise ValueError(f"{bad} of {n} samples are not finite")
+            raise NotFinite(f"{bad} of {n} samples are not finite")
         real, labels = _real(source)
         if drawn.dim() == 2:
             return _points(drawn, real, labels)
@@ -107,14 +112,17 @@ def _real(source: Source) -> tuple[Tensor, Tensor | None]:
 
 def _points(drawn: Tensor, real: Tensor, labels: Tensor | None) -> dict[str, float]:
     real = real.to(drawn.device, drawn.dtype)
+    found = {"energy_distance": fastgan.energy_distance(drawn, real).item()}
     if labels is None:
-        return neighbourhoods(real, drawn)
+        return found | neighbourhoods(real, drawn)
     groups = [real[labels.to(real.device) == label] for label in labels.unique()]
     means = torch.stack([group.mean(0) for group in groups])
     spread = torch.cat([group - mean for group, mean in zip(groups, means, strict=True)]).square().mean().sqrt()
     distance, mode = torch.cdist(drawn, means).min(1)
     near = distance <= 3 * spread
-    return {"modes": float(_covered(mode[near], len(means), len(drawn))), "high_quality": near.float().mean().item()}
+    found["modes"] = float(_covered(mode[near], len(means), len(drawn)))
+    found["high_quality"] = near.float().mean().item()
+    return found
 
 
 def _covered(labels: Tensor, classes: int, n: int) -> int:
@@ -163,7 +171,7 @@ def fid(real: Tensor, fake: Tensor) -> float:
 
 
 def kid(real: Tensor, fake: Tensor) -> float:
-    """Unbiased squared MMD with the kernel (x·y / D + 1)^3, the mean of 20 draws of at most 500 features of each; may be < 0."""
+    """Unbiased squared MMD with the kernel (x·y / D + 1)^3, the mean over 20 draws of at most 500 of each. Can be < 0."""
     from torchmetrics.image.kid import KernelInceptionDistance
 
     size = min(500, len(real), len(fake))
