@@ -32,7 +32,7 @@ class Critic(nn.Module):
     def __init__(self, features: nn.Module, hidden: int, kernels: int, kernel_dims: int):
         super().__init__()
         self.features = features
-        self.minibatch = fastgan.nn.MinibatchDiscrimination.improved_gan(hidden, kernels, kernel_dims)
+        self.minibatch = fastgan.nn.MinibatchDiscrimination(hidden, kernels, kernel_dims, init_std=0.1)
         self.score = nn.Linear(hidden + kernels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,7 +50,6 @@ class Recipe(GAN):
         features = nn.Sequential(self.network(self.source.shape, hidden), nn.LeakyReLU(0.2))
         critic = Critic(features, hidden, o.kernels, o.kernel_dims)
         first = self.source.__getitems__(torch.randperm(len(self.source))[:256].tolist())["image"]
-        critic.minibatch.init_from_data(features(first).detach())
         return super().build() | {"critic": critic}
 
     def critic_loss(self, batch):
