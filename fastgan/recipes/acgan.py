@@ -18,6 +18,8 @@ from fastgan.training.recipe import GAN, GANOptions
 
 @dataclass
 class Options(GANOptions):
+    width: int = 16
+    lr: float = 5e-4
     classifier: float = 1.0  # weight of the classes' cross entropy
 
 
@@ -35,6 +37,7 @@ class Critic(networks.ConvCritic):
 
 class Recipe(GAN):
     Options = Options
+    steps = 900
     conditional = True
 
     def build(self):

@@ -13,11 +13,14 @@ from fastgan.training.recipe import GAN, GANOptions
 
 @dataclass
 class Options(GANOptions):
+    width: int = 16
+    lr: float = 5e-4
     init: str = "normal"
 
 
 class Recipe(GAN):
     Options = Options
+    steps = 900
 
     def build(self):
         o = self.options

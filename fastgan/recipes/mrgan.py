@@ -16,6 +16,8 @@ from fastgan.training.recipe import GAN, GANOptions, Player
 @dataclass
 class Options(GANOptions):
     z_dim: int = 16
+    lr: float = 1e-3
+    lr_decay: float = 0.5
     geometric: float = 1.0
     mode: float = 0.5
 
@@ -23,9 +25,9 @@ class Options(GANOptions):
 class Recipe(GAN):
     Options = Options
     averaged = ("generator", "encoder")
-    data = "grid"
+    data = "ring"
     batch_size = 256
-    steps = 3000
+    steps = 1500
 
     def build(self):
         return super().build() | {"encoder": self.network(self.source.shape, self.options.z_dim)}

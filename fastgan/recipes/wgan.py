@@ -1,4 +1,4 @@
-"""WGAN: the critic estimates how far the distributions are apart; clipped weights keep it Lipschitz. RMSprop, 5 critic updates.
+"""WGAN: the critic estimates how far the distributions are apart; clipped weights keep it Lipschitz. RMSprop.
 
 Arjovsky, Chintala, Bottou, "Wasserstein GAN", 2017.
 """
@@ -15,13 +15,15 @@ from fastgan.training.recipe import GAN, GANOptions
 class Options(GANOptions):
     loss: str = "wasserstein"
     optimizer: str = "rmsprop"
+    width: int = 16
+    lr: float = 1e-3
     clip_weight: float = 0.01
-    critic_updates: int = 5
+    critic_updates: int = 3
 
 
 class Recipe(GAN):
     Options = Options
-    steps = 600
+    steps = 450
 
     def build(self):
         o = self.options

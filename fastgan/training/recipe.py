@@ -79,7 +79,11 @@ class Recipe:
         """Metrics by name, of ``n`` samples, by :func:`fastgan.training.metrics.evaluate`."""
         from . import metrics
 
-        return metrics.evaluate(self.sample, self.source, n, self.features)
+        return metrics.evaluate(self.sample, self.source, n, self.features, self.labels)
+
+    def labels(self, n: int) -> Tensor | None:
+        """(n,): the classes that ``sample(n)`` is asked for; None: it isn't."""
+        return None
 
     def show(self, batch: Batch, n: int) -> Tensor:
         """What the picture of samples holds: here samples; a translation shows its inputs too, (n, rows, C, H, W)."""
@@ -186,8 +190,10 @@ class GAN(Recipe):
         return losses.generator(self.options.loss)(self.critic(fake, *args), real_scores)
 
     def sample(self, n: int) -> Tensor:
-        args = (torch.arange(n, device=self.device) % self.classes,) if self.conditional else ()
-        return self.generator(self.latent(n), *args)
+        return self.generator(self.latent(n), *((self.labels(n),) if self.conditional else ()))
+
+    def labels(self, n: int) -> Tensor | None:
+        return torch.arange(n, device=self.device) % self.classes if self.conditional else None
 
     def show(self, batch: Batch, n: int) -> Tensor:
         """Images of a conditional recipe: a column for each class."""
