@@ -206,7 +206,8 @@ def neighbourhoods(real: Tensor, fake: Tensor) -> dict[str, float]:
     real, fake = real.double(), fake.double()
 
     def radius(x: Tensor, k: int) -> Tensor:
-        return fastgan.nearest_distances(x, k=min(k, len(x) - 1))[:, -1]
+        # the neighbour itself is inside, however its distance is rounded
+        return fastgan.nearest_distances(x, k=min(k, len(x) - 1))[:, -1] * (1 + 1e-9)
 
     def inside(x: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
         """(N,): in how many balls each x lies."""
