@@ -1,13 +1,14 @@
 """Mode-regularised GAN: an encoder leads each real sample through the generator, which so has to know every mode.
 
 What comes back shall be near the real sample (geometric regulariser, weight ``geometric``) and pass for real (mode
-regulariser, weight ``mode``).
+regulariser, weight ``mode``). ``reconstruction_error`` is the mean squared difference of real samples from what comes back.
 
 Che et al., "Mode regularized generative adversarial networks", 2017.
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch.nn.functional import mse_loss
 
 from fastgan.training.recipe import GAN, GANOptions, Player
@@ -43,3 +44,9 @@ class Recipe(GAN):
             "geometric": o.geometric * mse_loss(back, real),
             "mode": o.mode * self.deceive(back, batch),
         }
+
+    def evaluate(self, n=2000):
+        rows = torch.linspace(0, len(self.source) - 1, min(n, len(self.source))).long().tolist()
+        real = self.source.__getitems__(rows)["image"].to(self.device)
+        error = mse_loss(self.generator(self.encoder(real)), real).item()
+        return super().evaluate(n) | {"reconstruction_error": error}
