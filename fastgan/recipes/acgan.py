@@ -27,7 +27,7 @@ class Critic(networks.ConvCritic):
     """Images to [score (B, 1), class scores (B, classes)]."""
 
     def __init__(self, shape: networks.Shape, width: int, classes: int):
-        super().__init__(shape, width)
+        super().__init__(shape, width, norm=nn.BatchNorm2d)
         self.classifier = nn.Linear(self.feature_count, classes)
 
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -1,20 +1,20 @@
 """Conditional GAN: both networks are told the class; the critic by projection (Miyato, Koyama, 2018).
 
+DCGAN's networks: without batch norm in the critic, samples of a class become alike.
+
 Mirza, Osindero, "Conditional generative adversarial nets", 2014.
 """
 
 from dataclasses import dataclass
 
-from fastgan.training.recipe import GAN, GANOptions
+from . import dcgan
 
 
 @dataclass
-class Options(GANOptions):
-    width: int = 16
-    lr: float = 5e-4
+class Options(dcgan.Options):
+    init: str = "default"  # so that the embedded class weighs as much as the latent
 
 
-class Recipe(GAN):
+class Recipe(dcgan.Recipe):
     Options = Options
-    steps = 900
     conditional = True

@@ -23,6 +23,6 @@ class Recipe(GAN):
     steps = 900
 
     def build(self):
-        o = self.options
-        critic = networks.ConvCritic(self.source.shape, o.width, norm=nn.BatchNorm2d)
-        return {"generator": networks.ConvGenerator(o.z_dim, self.source.shape, o.width), "critic": critic}
+        o, shape = self.options, self.source.shape
+        critic = networks.ConvCritic(shape, o.width, self.classes, norm=nn.BatchNorm2d)
+        return {"generator": networks.ConvGenerator(o.z_dim, shape, o.width, self.classes), "critic": critic}

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import fastgan
 from fastgan import losses
-from fastgan.training import networks
 from fastgan.training.recipe import GAN, GANOptions
 
 
