@@ -1,7 +1,7 @@
 """Every recipe of ``fastgan train``: its players learn and leave the others alone, fast and plain steps are the same numbers,
 samples are what they should be, and a checkpoint gives them back."""
 
-# ruff: noqa: E402 - what the recipes need may be missing
+# ruff: noqa: E402
 
 import dataclasses
 import functools

@@ -7,6 +7,7 @@ Goodfellow et al., "Generative adversarial nets", 2014.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -25,6 +26,7 @@ class Recipe(GAN):
     data = "ring"
     batch_size = 256
     steps = 2000
+    goals: ClassVar = {"modes": 22, "high_quality": 0.5}
 
     def build(self):
         o, shape = self.options, self.source.shape

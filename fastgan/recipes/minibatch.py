@@ -8,6 +8,7 @@ Salimans et al., "Improved techniques for training GANs", 2016.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ class Recipe(GAN):
     data = "ring"
     batch_size = 128
     steps = 1500
+    goals: ClassVar = {"modes": 23, "high_quality": 0.5}
 
     def build(self):
         o, hidden = self.options, 4 * self.options.width

@@ -7,6 +7,7 @@ Che et al., "Mode regularized generative adversarial networks", 2017.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch.nn.functional import mse_loss
@@ -19,8 +20,8 @@ class Options(GANOptions):
     z_dim: int = 16
     lr: float = 1e-3
     lr_decay: float = 0.5
-    geometric: float = 1.0
-    mode: float = 0.5
+    geometric: float = 0.2
+    mode: float = 0.4
 
 
 class Recipe(GAN):
@@ -29,6 +30,7 @@ class Recipe(GAN):
     data = "ring"
     batch_size = 256
     steps = 1500
+    goals: ClassVar = {"modes": 20, "high_quality": 0.5, "reconstruction_error": 0.02}
 
     def build(self):
         return super().build() | {"encoder": self.network(self.source.shape, self.options.z_dim)}
