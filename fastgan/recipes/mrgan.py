@@ -20,8 +20,8 @@ class Options(GANOptions):
     z_dim: int = 16
     lr: float = 1e-3
     lr_decay: float = 0.5
-    geometric: float = 0.2
-    mode: float = 0.4
+    geometric: float = 1.0
+    mode: float = 0.5
 
 
 class Recipe(GAN):

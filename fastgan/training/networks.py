@@ -137,7 +137,7 @@ class UpBlock(nn.Module):
 
 
 class ResGenerator(nn.Module):
-    """Latent to images in [-1, 1] by :class:`UpBlock` from 4x4. ``middle``: a factory of a layer over c channels at half size."""
+    """Latent to images in [-1, 1] by :class:`UpBlock` from 4x4. ``middle``: factory of a layer over c channels at half size."""
 
     def __init__(self, z_dim: int, shape: Shape, channels: int, classes: int = 0, spectral: bool = False, middle=None):
         super().__init__()
@@ -176,7 +176,7 @@ class DownBlock(nn.Module):
 
 class ResCritic(nn.Module):
     """Images to a score (B, 1) by :class:`DownBlock` to 4x4 and the sum over positions; a label enters by projection.
-    ``middle``: a factory of a layer over c channels at half size."""
+    ``middle``: factory of a layer over c channels at half size."""
 
     def __init__(self, shape: Shape, channels: int, classes: int = 0, middle=None):
         super().__init__()
