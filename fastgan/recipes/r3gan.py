@@ -19,7 +19,8 @@ from fastgan.training.recipe import GAN, GANOptions
 class Options(GANOptions):
     loss: str = "relativistic"
     width: int = 8
-    lr: float = 1e-3
+    lr: float = 2e-3
+    lr_decay: float = 0.3
     r1: float = 1.0
     r2: float = 1.0
     beta1: float = 0.0

@@ -50,6 +50,8 @@ class ConvGenerator(nn.Module):
         super().__init__()
         n = doublings(shape)
         self.label = nn.Embedding(classes, z_dim) if classes else None
+        if classes:
+            nn.init.normal_(self.label.weight, std=0.2)  # less than the latent: at 1, samples of a class come out alike
         channels = width * 2**n
         layers = [
             nn.Linear(z_dim * (2 if classes else 1), channels * 16, bias=False),
@@ -89,7 +91,10 @@ class ConvCritic(nn.Module):
         self.body = nn.Sequential(*layers, nn.Flatten())
         self.feature_count = channels * 16
         self.score = normalised(nn.Linear(self.feature_count, outputs))
-        self.label = normalised(nn.Embedding(classes, self.feature_count)) if classes else None
+        self.label = nn.Embedding(classes, self.feature_count) if classes else None
+        if classes:
+            nn.init.normal_(self.label.weight, std=0.02)
+            self.label = normalised(self.label)
 
     def features(self, x: Tensor) -> Tensor:
         """(B, feature_count)."""
