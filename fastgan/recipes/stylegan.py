@@ -10,7 +10,7 @@ Karras et al., "Analyzing and improving the image quality of StyleGAN", 2020; "A
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -173,6 +173,7 @@ class Critic(nn.Module):
 class Recipe(GAN):
     Options = Options
     steps = 900
+    goals: ClassVar = {"classes": 10, "fid": 11, "recall": 0.1}
     averaged = ("mapping", "synthesis")
 
     def build(self):

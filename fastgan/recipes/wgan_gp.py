@@ -6,6 +6,7 @@ Gulrajani et al., "Improved training of Wasserstein GANs", 2017.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fastgan.training.recipe import GAN, GANOptions
 
@@ -24,3 +25,4 @@ class Options(GANOptions):
 class Recipe(GAN):
     Options = Options
     steps = 450
+    goals: ClassVar = {"classes": 10, "fid": 4, "recall": 0.6}
