@@ -23,7 +23,7 @@ class Options(GANOptions):
     width: int = 16
     lr: float = 1e-3
     r1: float = 1.0
-    classifier: float = 1.0  # weight of the classes' cross entropy
+    classifier: float = 0.3  # weight of the classes' cross entropy
 
 
 class Critic(networks.ConvCritic):

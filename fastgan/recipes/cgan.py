@@ -21,5 +21,5 @@ class Options(GANOptions):
 class Recipe(GAN):
     Options = Options
     conditional = True
-    steps = 700
+    steps = 800
     goals: ClassVar = {"classes": 10, "fid": 6, "recall": 0.3, "accuracy": 0.8}
