@@ -2,6 +2,8 @@
 
 The penalty is :func:`fastgan.critic_step`'s. No batch norm in the critic, whose samples must not depend on each other.
 
+Points, too: ``--data ring --set width=32 gradient_penalty=1 critic_updates=5``.
+
 Gulrajani et al., "Improved training of Wasserstein GANs", 2017.
 """
 
