@@ -185,10 +185,11 @@ def inception_score(logits: Tensor) -> float:
     """exp(mean KL(p(y | x), p(y))) of logits (N, classes), the mean of ten parts: 1 at worst, the number of classes at best."""
     from torchmetrics.image.inception import InceptionScore
 
+    logits = logits.double()
+    logits = (logits - logits.amax(1, keepdim=True)).clamp_min(-700)  # else a class that no sample has is 0 * log 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        # in float64: a class that no sample has is 0 * log 0 in float32
-        return float(_value(InceptionScore, [(logits.double(),)], feature=_given(logits))[0])
+        return float(_value(InceptionScore, [(logits,)], feature=_given(logits))[0])
 
 
 def neighbourhoods(real: Tensor, fake: Tensor) -> dict[str, float]:
