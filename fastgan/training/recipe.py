@@ -85,6 +85,12 @@ class Recipe:
         """(n,): the classes that ``sample(n)`` is asked for; None: it isn't."""
         return None
 
+    def reference(self) -> dict[str, float]:
+        """What perfect samples would get, of those metrics for which that is known."""
+        from . import metrics
+
+        return metrics.reference(self.source, self.features)
+
     def show(self, batch: Batch, n: int) -> Tensor:
         """What the picture of samples holds: here samples; a translation shows its inputs too, (n, rows, C, H, W)."""
         return self.sample(n)
