@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         recipe, _ = run.load(arguments.folder, run.device(arguments.device))
-    except FileNotFoundError as error:
+    except (ValueError, OSError) as error:
         print(f"fastgan sample: {error}", file=sys.stderr)
         return 2
     torch.manual_seed(arguments.seed)
