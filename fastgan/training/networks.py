@@ -70,13 +70,13 @@ class ConvGenerator(nn.Module):
 
 
 class ConvCritic(nn.Module):
-    """Images to one score (B, 1): convolutions halve down to 4x4. A label enters by projection (Miyato, Koyama, 2018).
+    """Images to a score (B, 1): convolutions halve down to 4x4. A label enters by projection (Miyato, Koyama, 2018).
 
     ``norm``: a factory of a layer over c channels, after every convolution but the first. ``spectral``: all weights are
-    spectrally normalised. ``features`` gives what the score is linear in.
+    spectrally normalised. ``features`` gives what the score is linear in. ``outputs``: more numbers than one, for an encoder.
     """
 
-    def __init__(self, shape: Shape, width: int, classes: int = 0, norm=None, spectral: bool = False):
+    def __init__(self, shape: Shape, width: int, classes: int = 0, norm=None, spectral: bool = False, outputs: int = 1):
         super().__init__()
         normalised = fastgan.spectral_norm if spectral else lambda layer: layer
         channels = width
@@ -87,7 +87,7 @@ class ConvCritic(nn.Module):
             layers += [*([norm(channels)] if norm else []), nn.LeakyReLU(0.2)]
         self.body = nn.Sequential(*layers, nn.Flatten())
         self.feature_count = channels * 16
-        self.score = normalised(nn.Linear(self.feature_count, 1))
+        self.score = normalised(nn.Linear(self.feature_count, outputs))
         self.label = normalised(nn.Embedding(classes, self.feature_count)) if classes else None
 
     def features(self, x: Tensor) -> Tensor:
@@ -120,3 +120,23 @@ def initialise(module: nn.Module, how: str) -> None:
                 INITIALISERS[how](layer.weight if weight is None else weight.original)
                 if getattr(layer, "bias", None) is not None:
                     layer.bias.zero_()
+
+
+class JointCritic(nn.Module):
+    """(images, vectors (B, given)) to a score (B, 1): whether the two belong together is found by a perceptron over both."""
+
+    def __init__(self, shape: Shape, width: int, given: int):
+        super().__init__()
+        self.image = ConvCritic(shape, width)
+        self.image.score = None  # only its features are used
+        hidden = 8 * width
+        self.given = nn.Sequential(nn.Linear(given, hidden), nn.LeakyReLU(0.2))
+        self.both = nn.Sequential(nn.Linear(self.image.feature_count + hidden, hidden), nn.LeakyReLU(0.2))
+        self.score = nn.Linear(hidden, 1)
+
+    def features(self, x: Tensor, given: Tensor) -> Tensor:
+        """(B, 8 width): what the score is linear in."""
+        return self.both(torch.cat([self.image.features(x), self.given(given)], 1))
+
+    def forward(self, x: Tensor, given: Tensor) -> Tensor:
+        return self.score(self.features(x, given))

@@ -15,7 +15,7 @@ import fastgan
 from fastgan import losses
 
 from . import networks
-from .data import Source
+from .data import Part, Source
 from .options import Options
 
 Batch = dict[str, Tensor]
@@ -45,6 +45,7 @@ class Recipe:
     steps = 1500
     batch_size = 64
     averaged: tuple[str, ...] = ("generator",)  # networks with an exponential moving average
+    held_out = 0.0  # this last share of the source is not trained on
     step = 0  # the trainer counts
     compile = False  # set by the trainer, as is the scaler
     scaler: torch.amp.GradScaler | None = None
@@ -83,6 +84,19 @@ class Recipe:
     def show(self, batch: Batch, n: int) -> Tensor:
         """What the picture of samples holds: here samples; a translation shows its inputs too, (n, rows, C, H, W)."""
         return self.sample(n)
+
+    @property
+    def training_source(self) -> Source:
+        """What the trainer draws batches from."""
+        kept = len(self.source) - int(len(self.source) * self.held_out)
+        return Part(self.source, range(kept)) if self.held_out else self.source
+
+    def unseen(self, n: int) -> Batch:
+        """At most ``n`` of the samples that are held out (of all, if none is), spread evenly over them; on the device."""
+        held = int(len(self.source) * self.held_out) or len(self.source)
+        n, first = min(n, held), len(self.source) - held
+        batch = self.source.__getitems__([first + i * held // n for i in range(n)])
+        return {key: value.to(self.device) for key, value in batch.items()}
 
     @property
     def device(self) -> torch.device:

@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 
 from .source import Batches as Batches
+from .source import Part as Part
 from .source import Source as Source
 
 #: name -> (module whose load(name, size) makes the source, what it is)

@@ -1,6 +1,6 @@
 """What a data source is, and the batches drawn from it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +31,20 @@ class Source(Dataset):
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
         """A whole batch; DataLoader asks for it where it is there."""
         return {key: tensor[rows] for key, tensor in self.tensors.items()}
+
+
+class Part(Source):
+    """Some rows of ``source``."""
+
+    def __init__(self, source: Source, rows: Sequence[int]):
+        self.source, self.rows = source, rows
+        self.name, self.shape, self.class_names = source.name, source.shape, source.class_names
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        return self.source.__getitems__([self.rows[row] for row in rows])
 
 
 class _Rows:

@@ -1,0 +1,148 @@
+"""CycleGAN: translation between two domains without pairs; what goes to the other domain and comes back is to be what it was.
+
+Two generators, two critics of patches with least squares, cycle and identity losses, and a pool of earlier results that the
+critics are shown. Sources: any with "image" and "other". ``fastgan train cyclegan`` is style transfer from photographs to
+pencil drawings, ``--data flat`` to the flat colours and outlines of animated films; ``fastgan sample DIR --input PICTURES``
+then translates pictures of your own. A source without "other" is made into two domains by ``--set domain=``: its images,
+and other images of it inverted, rotated by a quarter or as outlines.
+
+Zhu et al., "Unpaired image-to-image translation using cycle-consistent adversarial networks", 2017.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from fastgan import losses
+from fastgan.training import degradations
+from fastgan.training.options import Options as BaseOptions
+from fastgan.training.recipe import Player
+from fastgan.training.translation import PatchCritic, Residual, Translation, needs_images
+
+
+@dataclass
+class Options(BaseOptions):
+    loss: Literal[losses.names()] = "least_squares"
+    cycle: float = 10.0  # weight of |there and back - original|
+    identity: float = 5.0  # weight of |result - original| for what is in the target domain already
+    blocks: int = 3
+    pool: int = 50  # earlier results that critics are shown; 0: none
+    domain: Literal["invert", "rotate", "edges"] = "edges"  # the other domain of a source that has one
+
+
+DOMAINS = {
+    "invert": lambda images: -images,
+    "rotate": lambda images: images.rot90(1, (2, 3)),
+    "edges": degradations.edges,
+}
+
+
+class Generator(nn.Module):
+    """Image to image in [-1, 1]: halved once, residual blocks, doubled again; instance norm."""
+
+    def __init__(self, channels: int, width: int, blocks: int):
+        super().__init__()
+        norm = nn.InstanceNorm2d
+        self.body = nn.Sequential(
+            *(nn.Conv2d(channels, width, 5, padding=2), norm(width), nn.ReLU()),
+            *(nn.Conv2d(width, 2 * width, 4, 2, 1), norm(2 * width), nn.ReLU()),
+            *(Residual(2 * width, norm) for _ in range(blocks)),
+            *(nn.ConvTranspose2d(2 * width, width, 4, 2, 1), norm(width), nn.ReLU()),
+            *(nn.Conv2d(width, channels, 5, padding=2), nn.Tanh()),
+        )
+
+    def forward(self, x):
+        return self.body(x)
+
+
+class Pool(nn.Module):
+    """The last results that a critic was shown, ``size`` of them; a network without parameters, so that checkpoints hold it."""
+
+    def __init__(self, size: int, shape):
+        super().__init__()
+        self.register_buffer("images", torch.zeros(size, *shape))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, images):
+        """``images`` as they are until the pool is full; then each with probability 1/2 exchanged for one of the pool."""
+        size, count, shown = len(self.images), int(self.count), images.clone()
+        for i, image in enumerate(images):
+            if count < size:
+                self.images[count] = image
+                count += 1
+            elif size and torch.rand(()) < 0.5:
+                k = int(torch.randint(size, ()))
+                shown[i], self.images[k] = self.images[k].clone(), image
+        self.count.fill_(count)
+        return shown
+
+
+class Recipe(Translation):
+    """ "generator" leads from "image" to "other", "inverse" back."""
+
+    Options = Options
+    data = "drawings"
+    averaged = ("generator", "inverse")
+    steps = 600
+    batch_size = 8
+
+    def build(self):
+        shape, o = needs_images(self.source), self.options
+        networks = {name: Generator(shape[0], o.width, o.blocks) for name in ("generator", "inverse")}
+        networks |= {name: PatchCritic(shape[0], o.width) for name in ("critic", "inverse_critic")}
+        return networks | {name: Pool(o.pool, shape) for name in ("pool", "inverse_pool")}
+
+    def players(self):
+        return [
+            Player("critics", ("critic", "inverse_critic"), self.critic_loss, is_critic=True),
+            Player("generators", ("generator", "inverse"), self.loss),
+        ]
+
+    def domains(self, batch):
+        """(images of one domain, images of the other), not pairs."""
+        if "other" in batch:
+            return batch["image"], batch["other"]
+        image = batch["image"]
+        return image, DOMAINS[self.options.domain](image.roll(1, 0))
+
+    def critic_loss(self, batch):
+        image, other = self.domains(batch)
+        with torch.no_grad():
+            fake_other, fake_image = self.pool(self.generator(image)), self.inverse_pool(self.inverse(other))
+        return {
+            "critic": self.critic_step(self.critic, other, fake_other, self.options.loss),
+            "inverse_critic": self.critic_step(self.inverse_critic, image, fake_image, self.options.loss),
+        }
+
+    def loss(self, batch):
+        o, (image, other) = self.options, self.domains(batch)
+        fake_other, fake_image = self.generator(image), self.inverse(other)
+        with torch.no_grad():
+            scores, inverse_scores = self.critic(other), self.inverse_critic(image)
+        side = losses.generator(o.loss)
+        terms = {
+            "generator": side(self.critic(fake_other), scores),
+            "inverse": side(self.inverse_critic(fake_image), inverse_scores),
+            "cycle": o.cycle
+            * (losses.cycle(self.inverse(fake_other), image) + losses.cycle(self.generator(fake_image), other)),
+        }
+        if o.identity:
+            same = losses.identity(self.generator(other), other) + losses.identity(self.inverse(image), image)
+            terms["identity"] = o.identity * same
+        return terms
+
+    def pair(self, batch):
+        """Images and their true stylisation, which training never sees; itself where nobody knows it."""
+        image = batch["image"]
+        if "other" not in batch:
+            return image, DOMAINS[self.options.domain](image)
+        style = self.source.style
+        return image, style(image) if style else image
+
+    def show(self, batch, n):
+        """Images, their translations, these translated back, and the true stylisation."""
+        image, target = self.pair(self.unseen(12))
+        fake = self.generator(image)
+        return torch.stack([image, fake, self.inverse(fake), target], 1)
