@@ -2,7 +2,13 @@
 
 import importlib.util
 
-NEEDED = {"matplotlib": "matplotlib", "rich": "rich", "safetensors": "safetensors", "sklearn": "scikit-learn"}
+NEEDED = {
+    "matplotlib": "matplotlib",
+    "rich": "rich",
+    "safetensors": "safetensors",
+    "sklearn": "scikit-learn",
+    "torchmetrics": "torchmetrics",
+}
 
 
 def missing_extras() -> list[str]:

@@ -74,12 +74,13 @@ class Recipe:
 
     #: metric -> what the recorded run reaches and a broken implementation does not; the least, or the most where less is better
     goals: ClassVar[dict[str, float]] = {}
+    features: str | None = None  # what images are compared by, of fastgan.training.features.CHOICES; None: by the data
 
     def evaluate(self, n: int = 2000) -> dict[str, float]:
         """Metrics by name, of ``n`` samples, by :func:`fastgan.training.metrics.evaluate`."""
         from . import metrics
 
-        return metrics.evaluate(self.sample, self.source, n)
+        return metrics.evaluate(self.sample, self.source, n, self.features)
 
     def show(self, batch: Batch, n: int) -> Tensor:
         """What the picture of samples holds: here samples; a translation shows its inputs too, (n, rows, C, H, W)."""
