@@ -1,4 +1,4 @@
-"""SRGAN: images 2 or 4 times as large, by residual blocks and pixel shuffle; a critic asks for the detail that L1 averages away.
+"""SRGAN: images 2 or 4 times as large, by residual blocks and pixel shuffle; a critic asks for detail, which L1 averages away.
 
 The generator adds to the bicubic image. ``--set content=features`` compares features of the critic in place of pixels (the
 paper's are those of a network that was trained on ImageNet), ``loss=relativistic_average`` is ESRGAN's. The pair is an

@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 
 from .source import Batches as Batches
+from .source import Domains as Domains
 from .source import Part as Part
 from .source import Source as Source
 
@@ -12,6 +13,10 @@ NAMES = {
     "digits": ("digits", "1797 handwritten digits, from scikit-learn; 10 classes"),
     "ring": ("points", "25 Gaussians on a circle, in the plane"),
     "grid": ("points", "25 Gaussians on a 5 by 5 grid, in the plane"),
+    "glyphs": ("glyphs", "4464 letters and digits in 18 fonts, from matplotlib; 62 classes"),
+    "photos": ("photos", "patches of photographs, in colour, from scikit-learn and scikit-image"),
+    "drawings": ("photos", "two domains: patches of photographs, and pencil drawings of other photographs"),
+    "flat": ("photos", "two domains: patches of photographs, and others in few colours with outlines, as in animated films"),
 }
 
 

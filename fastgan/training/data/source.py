@@ -33,6 +33,24 @@ class Source(Dataset):
         return {key: tensor[rows] for key, tensor in self.tensors.items()}
 
 
+class Domains(Source):
+    """Two sources side by side, without pairs: "image" of one and "other" of the other. The shorter one is repeated."""
+
+    def __init__(self, name: str, image: Source, other: Source):
+        if image.shape != other.shape:
+            raise ValueError(
+                f"--data {name}: the two domains have samples of {image.shape} and {other.shape}; expected one shape"
+            )
+        self.name, self.image, self.other, self.class_names, self.shape = name, image, other, (), image.shape
+
+    def __len__(self) -> int:
+        return max(len(self.image), len(self.other))
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        image, other = (side.__getitems__([row % len(side) for row in rows])["image"] for side in (self.image, self.other))
+        return {"image": image, "other": other}
+
+
 class Part(Source):
     """Some rows of ``source``."""
 
