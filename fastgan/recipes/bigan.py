@@ -23,6 +23,7 @@ from fastgan.training.recipe import Recipe as Base
 
 @dataclass
 class Options(BaseOptions):
+    width: int = 16
     z_dim: int = 32
     loss: Literal[losses.names()] = "non_saturating"
     reconstruction: float = 1.0  # weight of |generator(encoder(x)) - x|; 0: BiGAN as it is in the paper

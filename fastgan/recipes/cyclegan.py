@@ -16,10 +16,12 @@ import torch
 from torch import nn
 
 from fastgan import losses
-from fastgan.training import degradations
+from fastgan.training import degradations, metrics
+from fastgan.training.data import Domains
+from fastgan.training.data.photos import STYLES
 from fastgan.training.options import Options as BaseOptions
 from fastgan.training.recipe import Player
-from fastgan.training.translation import PatchCritic, Residual, Translation, needs_images
+from fastgan.training.translation import SHOWN, PatchCritic, Residual, Translation, needs_images
 
 
 @dataclass
@@ -86,7 +88,7 @@ class Recipe(Translation):
     data = "drawings"
     averaged = ("generator", "inverse")
     steps = 600
-    batch_size = 8
+    batch_size = 4
 
     def build(self):
         shape, o = needs_images(self.source), self.options
@@ -133,16 +135,30 @@ class Recipe(Translation):
             terms["identity"] = o.identity * same
         return terms
 
-    def pair(self, batch):
-        """Images and their true stylisation, which training never sees; itself where nobody knows it."""
-        image = batch["image"]
-        if "other" not in batch:
-            return image, DOMAINS[self.options.domain](image)
-        style = self.source.style
-        return image, style(image) if style else image
+    def stylise(self, images):
+        """What ``images`` are in the other domain, which training never sees; None where nobody knows."""
+        if self.source.name in STYLES:
+            return STYLES[self.source.name]((images + 1) / 2) * 2 - 1
+        return None if isinstance(self.source, Domains) else DOMAINS[self.options.domain](images)
+
+    def sample(self, n):
+        return self.generator(self.unseen(n)["image"])
 
     def show(self, batch, n):
-        """Images, their translations, these translated back, and the true stylisation."""
-        image, target = self.pair(self.unseen(12))
-        fake = self.generator(image)
-        return torch.stack([image, fake, self.inverse(fake), target], 1)
+        """Images, their translations, these translated back, and what they ought to be, where that is known."""
+        image = self.unseen(SHOWN)["image"]
+        fake, truth = self.generator(image), self.stylise(image)
+        return torch.stack([image, fake, self.inverse(fake), *([] if truth is None else [truth])], 1)
+
+    def evaluate(self, n=500):
+        """Of at most ``n`` unseen images: "cycle_psnr", of what came back; where the true style is known "psnr" and "ssim" of
+        their translations against it, and "psnr_gain", over what images have that are left as they are."""
+        with torch.no_grad():
+            image = self.unseen(n)["image"]
+            fake = torch.cat([self.generator(part) for part in image.split(64)])
+            back, truth = torch.cat([self.inverse(part) for part in fake.split(64)]), self.stylise(image)
+        found = {"cycle_psnr": metrics.paired(back, image)["psnr"]}
+        if truth is not None:
+            found |= metrics.paired(fake, truth)
+            found["psnr_gain"] = found["psnr"] - metrics.paired(image, truth)["psnr"]
+        return found

@@ -25,6 +25,7 @@ from fastgan.training.translation import PatchCritic, needs_images
 
 @dataclass
 class Options(BaseOptions):
+    width: int = 16
     base: int = 4  # side of the coarsest image
     loss: Literal[losses.names()] = "non_saturating"
 
@@ -56,7 +57,7 @@ class Recipe(Base):
     Options = Options
 
     def __init__(self, options, source):
-        channels, side, _ = needs_images(source)
+        _, side, _ = needs_images(source)
         self.sides = [side]
         while self.sides[0] > options.base:
             self.sides.insert(0, self.sides[0] // 2)

@@ -27,6 +27,7 @@ from fastgan.training.translation import Residual, needs_images
 
 @dataclass
 class Options(BaseOptions):
+    width: int = 16
     condition: int = 32  # coordinates of the condition
     kl: float = 0.1  # weight of the conditions' KL
     loss: Literal[losses.names()] = "non_saturating"
@@ -193,7 +194,7 @@ class Recipe(Base):
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(0)
             batch = self.unseen(n)
-            images, tokens = self.captioned(batch)
+            images, _ = self.captioned(batch)
             real = Source(self.source.name, {"image": images, "label": batch["label"]}, self.source.class_names)
             found = metrics.evaluate(self.sample, real, n)
             every = self.every_caption(n)

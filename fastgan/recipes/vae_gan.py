@@ -21,6 +21,7 @@ from fastgan.training.recipe import Recipe as Base
 
 @dataclass
 class Options(BaseOptions):
+    width: int = 16
     z_dim: int = 16
     loss: Literal[losses.names()] = "non_saturating"
     kl: float = 0.01  # weight of KL in the encoder's loss, where the feature error, a mean, has weight 1

@@ -34,7 +34,7 @@ class Translation(Recipe):
         return torch.stack([nn.functional.interpolate(inputs, output.shape[2:]), output, target], 1)
 
     def evaluate(self, n: int = 500) -> dict[str, float]:
-        """ "psnr" and "ssim" of translations of at most ``n`` unseen images; "psnr_gain", "ssim_gain": over :meth:`baseline`."""
+        """Of translations of at most ``n`` unseen images "psnr" and "ssim", and how much more that is than the baseline's."""
         from . import metrics
 
         with torch.random.fork_rng(), torch.no_grad():
@@ -57,8 +57,8 @@ def needs_images(source: Source) -> tuple[int, int, int]:
 
 
 class UNet(nn.Module):
-    """Image to image in [-1, 1], at sides that halve ``levels`` times: down by strided convolutions, up by transposed ones, each
-    level of the way down joined to that of the way up (Ronneberger et al., 2015; Isola et al., 2017)."""
+    """Image to image in [-1, 1], at sides that halve ``levels`` times: down by strided convolutions, up by transposed ones,
+    each level of the way down joined to that of the way up (Ronneberger et al., 2015; Isola et al., 2017)."""
 
     def __init__(self, inputs: int, outputs: int, width: int, levels: int = 3):
         super().__init__()
