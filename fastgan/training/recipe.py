@@ -136,16 +136,18 @@ class GAN(Recipe):
     conditional = False  # networks take (x, label)
 
     def build(self) -> dict[str, nn.Module]:
-        o, shape, classes = self.options, self.source.shape, self.classes
+        o, shape = self.options, self.source.shape
         if len(shape) == 1:
-            return {
-                "generator": networks.Perceptron(o.z_dim, shape, 4 * o.width, classes),
-                "critic": networks.Perceptron(shape, 1, 4 * o.width, classes),
-            }
-        return {
-            "generator": networks.ConvGenerator(o.z_dim, shape, o.width, classes),
-            "critic": networks.ConvCritic(shape, o.width, classes),
-        }
+            generator = networks.Perceptron(o.z_dim, shape, 4 * o.width, self.classes)
+        else:
+            generator = networks.ConvGenerator(o.z_dim, shape, o.width, self.classes)
+        return {"generator": generator, "critic": self.network(shape, 1)}
+
+    def network(self, shape: networks.Shape, outputs: int) -> nn.Module:
+        """From samples to ``outputs`` numbers."""
+        if len(shape) == 1:
+            return networks.Perceptron(shape, outputs, 4 * self.options.width, self.classes)
+        return networks.ConvCritic(shape, self.options.width, self.classes, outputs=outputs)
 
     @property
     def classes(self) -> int:
@@ -166,23 +168,44 @@ class GAN(Recipe):
         """Further arguments of both networks."""
         return (batch["label"],) if self.conditional else ()
 
-    def critic_loss(self, batch: Batch) -> dict[str, Tensor]:
-        o, real, args = self.options, batch["image"], self.condition(batch)
-        with torch.no_grad():
-            fake = self.generator(self.latent(len(real)), *args)
+    @torch.no_grad()
+    def fake(self, batch: Batch) -> Tensor:
+        """As many samples as the batch has, of its classes; constants for the critic's turn."""
+        return self.generator(self.latent(len(batch["image"])), *self.condition(batch))
+
+    def penalties(self) -> dict[str, float]:
+        """Weights of those that are due at this step."""
+        o = self.options
         due = o.penalty_every if self.step % max(1, o.penalty_every) == 0 else 0
-        penalties = {"gradient_penalty": due * o.gradient_penalty, "r1": due * o.r1, "r2": due * o.r2}
-        return {"critic": self.critic_step(self.critic, real, fake, o.loss, real_args=args, fake_args=args, **penalties)}
+        return {"gradient_penalty": due * o.gradient_penalty, "r1": due * o.r1, "r2": due * o.r2}
+
+    def critic_loss(self, batch: Batch) -> dict[str, Tensor]:
+        real, args = batch["image"], self.condition(batch)
+        step = self.critic_step(
+            self.critic, real, self.fake(batch), self.options.loss, real_args=args, fake_args=args, **self.penalties()
+        )
+        return {"critic": step}
 
     def generator_loss(self, batch: Batch) -> dict[str, Tensor]:
-        real, args = batch["image"], self.condition(batch)
-        fake_scores = self.critic(self.generator(self.latent(len(real)), *args), *args)
-        real_scores = None
+        args = self.condition(batch)
+        fake = self.generator(self.latent(len(batch["image"])), *args)
+        return {"generator": self.deceive(fake, batch)}
+
+    def deceive(self, fake: Tensor, batch: Batch) -> Tensor:
+        """The loss of samples that the critic should take for real ones, those of the batch where the loss is relative to them."""
+        args, real_scores = self.condition(batch), None
         if self.options.loss.startswith("relativistic"):
             with torch.no_grad():
-                real_scores = self.critic(real, *args)
-        return {"generator": losses.generator(self.options.loss)(fake_scores, real_scores)}
+                real_scores = self.critic(batch["image"], *args)
+        return losses.generator(self.options.loss)(self.critic(fake, *args), real_scores)
 
     def sample(self, n: int) -> Tensor:
         args = (torch.arange(n, device=self.device) % self.classes,) if self.conditional else ()
         return self.generator(self.latent(n), *args)
+
+    def show(self, batch: Batch, n: int) -> Tensor:
+        """Images of a conditional recipe: a column for each class."""
+        if not self.conditional or len(self.source.shape) == 1:
+            return self.sample(n)
+        rows = max(1, n // self.classes)
+        return self.sample(rows * self.classes).unflatten(0, (rows, self.classes)).transpose(0, 1)
