@@ -9,29 +9,26 @@ Donahue, Krähenbühl, Darrell, "Adversarial feature learning", 2017; Dumoulin e
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from fastgan import losses
 from fastgan.training import degradations, networks
 from fastgan.training.data import Part
-from fastgan.training.options import Options as BaseOptions
-from fastgan.training.recipe import Player
-from fastgan.training.recipe import Recipe as Base
+from fastgan.training.recipe import GAN, GANOptions, Player
 
 
 @dataclass
-class Options(BaseOptions):
+class Options(GANOptions):
     width: int = 16
     z_dim: int = 32
-    loss: Literal[losses.names()] = "non_saturating"
     reconstruction: float = 1.0  # weight of |generator(encoder(x)) - x|; 0: BiGAN as it is in the paper
     left_out: str = ""  # name of a class that is not trained on, and is what anomalies are
 
 
-class Recipe(Base):
+class Recipe(GAN):
     Options = Options
+    steps = 1200
     averaged = ("generator", "encoder")
     held_out = 0.2
 
@@ -47,18 +44,17 @@ class Recipe(Base):
         }
 
     def players(self):
-        return [
-            Player("critic", ("critic",), self.critic_loss, is_critic=True),
-            Player("generator", ("generator", "encoder"), self.loss),
-        ]
+        critic, _ = super().players()
+        return [critic, Player("generator", ("generator", "encoder"), self.generator_loss)]
 
     def critic_loss(self, batch):
         real, z = batch["image"], self.latent(len(batch["image"]))
         with torch.no_grad():
             fake, code = self.generator(z), self.encoder(real)
-        return {"critic": self.critic_step(self.critic, real, fake, self.options.loss, real_args=(code,), fake_args=(z,))}
+        pairs = {"real_args": (code,), "fake_args": (z,)}
+        return {"critic": self.critic_step(self.critic, real, fake, self.options.loss, **pairs, **self.penalties())}
 
-    def loss(self, batch):
+    def generator_loss(self, batch):
         o, real = self.options, batch["image"]
         z = self.latent(len(real))
         code = self.encoder(real)
@@ -67,9 +63,6 @@ class Recipe(Base):
         if o.reconstruction:
             terms["reconstruction"] = o.reconstruction * losses.reconstruction(self.generator(code), real)
         return terms
-
-    def sample(self, n):
-        return self.generator(self.latent(n))
 
     # --- anomalies ---------------------------------------------------------------------------------------------------
 
@@ -112,8 +105,8 @@ class Recipe(Base):
 
     def show(self, batch, n):
         """Samples; and defects below what the encoder and the generator make of them."""
-        samples = self.sample(n)[: n // 4 * 4].unflatten(0, (-1, 4))
-        images = degradations.scratch(self.unseen(len(samples))["image"])
+        images = degradations.scratch(self.unseen(n // 5)["image"])
+        samples = self.sample(4 * len(images)).unflatten(0, (-1, 4))
         return torch.cat([samples, torch.stack([images, self.reconstruct(images)], 1)], 1)
 
 

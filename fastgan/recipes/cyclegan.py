@@ -87,7 +87,7 @@ class Recipe(Translation):
     Options = Options
     data = "drawings"
     averaged = ("generator", "inverse")
-    steps = 600
+    steps = 400
     batch_size = 4
 
     def build(self):
@@ -141,8 +141,11 @@ class Recipe(Translation):
             return STYLES[self.source.name]((images + 1) / 2) * 2 - 1
         return None if isinstance(self.source, Domains) else DOMAINS[self.options.domain](images)
 
-    def sample(self, n):
-        return self.generator(self.unseen(n)["image"])
+    def pair(self, batch):
+        """Images, and what they ought to become or, where nobody knows, the images."""
+        image = batch["image"]
+        truth = self.stylise(image)
+        return image, image if truth is None else truth
 
     def show(self, batch, n):
         """Images, their translations, these translated back, and what they ought to be, where that is known."""

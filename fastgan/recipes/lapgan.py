@@ -55,6 +55,7 @@ class Detail(nn.Module):
 
 class Recipe(Base):
     Options = Options
+    steps = 800
 
     def __init__(self, options, source):
         _, side, _ = needs_images(source)

@@ -28,7 +28,7 @@ class Options(BaseOptions):
 
 class Recipe(Translation):
     Options = Options
-    steps = 600
+    steps = 500
 
     def build(self):
         channels, side, _ = needs_images(self.source)

@@ -59,7 +59,7 @@ class Generator(nn.Module):
 
 class Recipe(Translation):
     Options = Options
-    steps = 600
+    steps = 500
 
     def build(self):
         (channels, side, _), o = needs_images(self.source), self.options

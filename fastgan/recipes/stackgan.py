@@ -94,6 +94,7 @@ class Critic(nn.Module):
 
 class Recipe(Base):
     Options = Options
+    steps = 800
     averaged = ("coarse", "fine")
 
     def __init__(self, options, source):

@@ -7,29 +7,26 @@ Larsen et al., "Autoencoding beyond pixels using a learned similarity metric", 2
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 import fastgan
 from fastgan import losses
 from fastgan.training import metrics, networks
-from fastgan.training.options import Options as BaseOptions
-from fastgan.training.recipe import Player
-from fastgan.training.recipe import Recipe as Base
+from fastgan.training.recipe import GAN, GANOptions, Player
 
 
 @dataclass
-class Options(BaseOptions):
+class Options(GANOptions):
     width: int = 16
     z_dim: int = 16
-    loss: Literal[losses.names()] = "non_saturating"
-    kl: float = 0.01  # weight of KL in the encoder's loss, where the feature error, a mean, has weight 1
-    similarity: float = 1.0  # weight of the feature error in the generator's loss
+    kl: float = 0.001  # weight of KL in the encoder's loss, where the feature error, a mean, has weight 1
+    similarity: float = 10.0  # weight of the feature error in the generator's loss
 
 
-class Recipe(Base):
+class Recipe(GAN):
     Options = Options
+    steps = 800
     averaged = ("generator", "encoder")
     held_out = 0.1
 
@@ -42,21 +39,20 @@ class Recipe(Base):
         }
 
     def players(self):
-        return [
-            Player("critic", ("critic",), self.critic_loss, is_critic=True),
-            Player("encoder", ("encoder",), self.encoder_loss),
-            Player("generator", ("generator",), self.generator_loss),
-        ]
+        critic, generator = super().players()
+        return [critic, Player("encoder", ("encoder",), self.encoder_loss), generator]
 
     def encode(self, images):
         """Mean and log variance of the code's distribution, (B, z_dim) each."""
         return self.encoder(images).chunk(2, 1)
 
     def both(self, real):
-        """Reconstructions of ``real``, and as many samples from the prior; KL of the codes."""
+        """(reconstructions of ``real``, what the critic is shown: half of them and as many samples, KL of the codes)."""
         mean, log_variance = self.encode(real)
-        code = mean + (log_variance / 2).exp() * torch.randn_like(mean)
-        return self.generator(code), self.generator(self.latent(len(real))), losses.kl(mean, log_variance)
+        code, half = mean + (log_variance / 2).exp() * torch.randn_like(mean), len(real) // 2
+        returned = self.generator(code)
+        fake = torch.cat([returned[:half], self.generator(self.latent(len(real) - half))])
+        return returned, fake, losses.kl(mean, log_variance)
 
     def error(self, real, returned):
         """Mean squared difference of the critic's features."""
@@ -65,8 +61,8 @@ class Recipe(Base):
     def critic_loss(self, batch):
         real = batch["image"]
         with torch.no_grad():
-            returned, fake, _ = self.both(real)
-        return {"critic": self.critic_step(self.critic, real, torch.cat([returned, fake]), self.options.loss)}
+            _, fake, _ = self.both(real)
+        return {"critic": self.critic_step(self.critic, real, fake, self.options.loss, **self.penalties())}
 
     def encoder_loss(self, batch):
         returned, _, kl = self.both(batch["image"])
@@ -75,13 +71,7 @@ class Recipe(Base):
     def generator_loss(self, batch):
         o, real = self.options, batch["image"]
         returned, fake, _ = self.both(real)
-        with torch.no_grad():
-            real_scores = self.critic(real)
-        game = losses.generator(o.loss)(self.critic(torch.cat([returned, fake])), real_scores)
-        return {"generator": game, "similarity": o.similarity * self.error(real, returned)}
-
-    def sample(self, n):
-        return self.generator(self.latent(n))
+        return {"generator": self.deceive(fake, batch), "similarity": o.similarity * self.error(real, returned)}
 
     def reconstruct(self, images):
         return self.generator(self.encode(images)[0])
@@ -95,6 +85,6 @@ class Recipe(Base):
 
     def show(self, batch, n):
         """Samples; below them images and their reconstructions."""
-        samples = self.sample(n)[: n // 4 * 4].unflatten(0, (-1, 4))
-        images = self.unseen(len(samples))["image"]
-        return torch.cat([samples[: len(images)], torch.stack([images, self.reconstruct(images)], 1)], 1)
+        images = self.unseen(n // 5)["image"]
+        samples = self.sample(4 * len(images)).unflatten(0, (-1, 4))
+        return torch.cat([samples, torch.stack([images, self.reconstruct(images)], 1)], 1)

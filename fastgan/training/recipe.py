@@ -199,9 +199,35 @@ class GAN(Recipe):
                 real_scores = self.critic(batch["image"], *args)
         return losses.generator(self.options.loss)(self.critic(fake, *args), real_scores)
 
+    def labels(self, n: int) -> tuple[Tensor, ...]:
+        """Further arguments of the generator for ``n`` samples: the classes in turn, if it is told of them."""
+        return (torch.arange(n, device=self.device) % self.classes,) if self.conditional else ()
+
+    def decode(self, z: Tensor, *labels: Tensor) -> Tensor:
+        """The samples of latents (n, z_dim)."""
+        return self.generator(z, *labels)
+
     def sample(self, n: int) -> Tensor:
-        args = (torch.arange(n, device=self.device) % self.classes,) if self.conditional else ()
-        return self.generator(self.latent(n), *args)
+        return self.decode(self.latent(n), *self.labels(n))
+
+    def write(self, text: str, n: int = 1) -> Tensor:
+        """(length, n, C, H, W): ``n`` lines of text, each character a sample of its class, and all of a line of one latent.
+
+        Where classes have longer names, words in place of characters. Spaces are black. Letters that are no class are
+        looked for in the other case. ValueError: what isn't known either way, or a recipe that is not conditional.
+        """
+        names = self.source.class_names if self.conditional else ()
+        if not names:
+            raise ValueError("only a conditional recipe of data with classes writes text")
+        single = all(len(name) == 1 for name in names)
+        pieces = [
+            next((p for p in (piece, piece.swapcase()) if p in names), piece) for piece in (text if single else text.split())
+        ]
+        if unknown := [piece for piece in pieces if piece not in names and not piece.isspace()]:
+            raise ValueError(f"text {text!r}: no class {unknown[0]!r}; known: {' '.join(names)}")
+        z, blank = self.latent(n), torch.full((n, *self.source.shape), -1.0, device=self.device)
+        labels = {piece: torch.full((n,), names.index(piece), device=self.device) for piece in pieces if piece in names}
+        return torch.stack([self.decode(z, labels[piece]) if piece in labels else blank for piece in pieces])
 
     def show(self, batch: Batch, n: int) -> Tensor:
         """Images of a conditional recipe: a column for each class."""

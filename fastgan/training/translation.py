@@ -22,11 +22,14 @@ class Translation(Recipe):
         raise NotImplementedError
 
     def translate(self, images: Tensor) -> Tensor:
-        return self.generator(images)
+        """Images (B, C, H, W) of the input's domain, of any size that the generator takes."""
+        return self.generator(images).clamp(-1, 1)
 
     def sample(self, n: int) -> Tensor:
-        """Translations of ``n`` images that were not trained on; of fewer where there are not so many."""
-        return self.translate(self.pair(self.unseen(n))[0])
+        """Translations of ``n`` random ones of the images that were not trained on."""
+        batch = self.unseen(len(self.source))
+        rows = torch.randint(len(batch["image"]), (n,), device=self.device)
+        return self.translate(self.pair({key: value[rows] for key, value in batch.items()})[0])
 
     def show(self, batch: Batch, n: int) -> Tensor:
         inputs, target = self.pair(self.unseen(SHOWN))
