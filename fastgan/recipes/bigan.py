@@ -9,6 +9,7 @@ Donahue, Krähenbühl, Darrell, "Adversarial feature learning", 2017; Dumoulin e
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -66,7 +67,7 @@ class Recipe(GAN):
 
     # --- anomalies ---------------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def training_source(self):
         kept, o = super().training_source, self.options
         if not o.left_out:
