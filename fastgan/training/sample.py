@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         recipe, config = run.load(arguments.folder, run.device(arguments.device))
         torch.manual_seed(arguments.seed)
         samples = drawn(recipe, config, arguments)
-    except (ValueError, FileNotFoundError) as error:  # their messages say what is expected
+    except (ValueError, OSError) as error:  # their messages say what is expected
         print(f"fastgan sample: {error}", file=sys.stderr)
         return 2
     path = arguments.out or arguments.folder / "samples.png"
