@@ -89,14 +89,15 @@ def page(name: str, entry: dict | None, picture: bool) -> str:
         machine = entry["machine"]
         parts += [
             table(("metric", f"of {entry['samples']} samples", "goal", "real samples"), evaluate.cells(entry)),
-            f"After {entry['steps']} steps of {entry['batch_size']} samples of `{entry['data']}`, in {entry['seconds']:.0f} s on "
-            f"{machine['processor'].strip()}, GPU {machine['gpu']}, {machine['threads']} threads, torch {machine['torch']}; "
+            f"After {entry['steps']} steps of {entry['batch_size']} samples of `{entry['data']}`, in {entry['seconds']:.0f} s "
+            f"on {machine['processor'].strip()}, GPU {machine['gpu']}, {machine['threads']} threads, torch {machine['torch']}; "
             f"{entry['recorded'][:10]}." + (f" Features: {entry['features']}." if entry["features"] else ""),
         ]
     else:
         parts.append(f"No run of it has been recorded. `python -m benchmarks.recipes {name}` does.")
     parts += [
-        f"## Options\n\nData `{recipe.data}`, {recipe.steps} steps, batch size {recipe.batch_size}; `--set name=value` changes:",
+        "## Options",
+        f"Data `{recipe.data}`, {recipe.steps} steps, batch size {recipe.batch_size}; `--set name=value` changes:",
         table(("option", "default", ""), [(f"`{k}`", v, meanings[k]) for k, v in options.describe(recipe.Options())]),
         f"[All recipes](README.md). The source: [`fastgan/recipes/{name}.py`](../../fastgan/recipes/{name}.py).",
     ]
@@ -122,8 +123,8 @@ def gallery(results: dict[str, dict], pictures: set[str]) -> str:
             )
         )
     text = (
-        "# Recipes\n\nThe GANs that `fastgan train` knows, with what their recorded runs reached. `python -m benchmarks.recipes "
-        "NAME` records one, `--pages` writes these pages."
+        "# Recipes\n\nThe GANs that `fastgan train` knows, with what their recorded runs reached. `python -m "
+        "benchmarks.recipes NAME` records one, `--pages` writes these pages."
     )
     return f"{text}\n\n{table(('recipe', '', 'data', 'reached', 'trained in', 'samples'), rows)}\n"
 

@@ -78,7 +78,7 @@ def _convert(name: str, text: str, kind):
 
 
 def meanings(kind: type[Options]) -> dict[str, str]:
-    """The comment behind each option's declaration, "" where there is none; a recipe that declares it anew keeps the first's."""
+    """The comment behind each option's declaration, "" where there is none; declared anew without one it keeps the first's."""
     found = {}
     for base in reversed(kind.__mro__):
         if dataclasses.is_dataclass(base):
