@@ -26,6 +26,8 @@ from fastgan.training.translation import SHOWN, PatchCritic, Residual, Translati
 
 @dataclass
 class Options(BaseOptions):
+    width: int = 16
+    lr: float = 5e-4
     loss: Literal[losses.names()] = "least_squares"
     cycle: float = 10.0  # weight of |there and back - original|
     identity: float = 5.0  # weight of |result - original| for what is in the target domain already
@@ -87,7 +89,7 @@ class Recipe(Translation):
     Options = Options
     data = "drawings"
     averaged = ("generator", "inverse")
-    steps = 400
+    steps = 500
     batch_size = 4
 
     def build(self):

@@ -26,6 +26,7 @@ from fastgan.training.translation import PatchCritic, needs_images
 @dataclass
 class Options(BaseOptions):
     width: int = 16
+    lr: float = 5e-4
     base: int = 4  # side of the coarsest image
     loss: Literal[losses.names()] = "non_saturating"
 

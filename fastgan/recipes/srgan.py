@@ -25,6 +25,8 @@ from fastgan.training.translation import PatchCritic, Residual, Translation, nee
 
 @dataclass
 class Options(BaseOptions):
+    width: int = 16
+    lr: float = 5e-4
     scale: Literal[2, 4] = 2
     blocks: int = 4
     content: Literal["pixels", "features"] = "pixels"
@@ -59,7 +61,7 @@ class Generator(nn.Module):
 
 class Recipe(Translation):
     Options = Options
-    steps = 500
+    steps = 600
 
     def build(self):
         (channels, side, _), o = needs_images(self.source), self.options

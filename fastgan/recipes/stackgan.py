@@ -28,6 +28,7 @@ from fastgan.training.translation import Residual, needs_images
 @dataclass
 class Options(BaseOptions):
     width: int = 16
+    lr: float = 5e-4
     condition: int = 32  # coordinates of the condition
     kl: float = 0.1  # weight of the conditions' KL
     loss: Literal[losses.names()] = "non_saturating"
