@@ -15,6 +15,7 @@ from fastgan.recipes import bigan, cyclegan, lapgan, srgan, stackgan  # noqa: E4
 from fastgan.training import captions, checkpoint, data, degradations, editing, sample  # noqa: E402
 from fastgan.training.data import Part, Source  # noqa: E402
 from fastgan.training.trainer import Trainer  # noqa: E402
+from fastgan.training.translation import roughness  # noqa: E402
 
 
 @functools.cache
@@ -108,13 +109,24 @@ def test_super_resolution_of_any_size(scale):
     torch.testing.assert_close(srgan.bicubic(torch.ones(1, 3, 5, 7), scale), torch.ones(1, 3, 5 * scale, 7 * scale))
 
 
-def test_srgan_content_in_features_and_detail():
+def test_srgan_content_in_features():
     trained = Trainer(recipes.get("srgan"), srgan.Options(width=8, content="features"), colours(), batch_size=4, steps=2)
     trained.step()
     assert trained.losses["content"] > 0
+
+
+def test_roughness_is_lost_by_blur_and_counts_where_it_is_asked_for():
     image = torch.rand(4, 3, 16, 16)
+    everywhere = torch.ones(4, 1, 16, 16, dtype=torch.bool)
     blurred = torch.nn.functional.avg_pool2d(image, 3, 1, 1)
-    assert srgan.roughness(blurred) < 0.5 * srgan.roughness(image)
+    assert roughness(blurred, everywhere) < 0.5 * roughness(image, everywhere)
+    half = everywhere.clone()
+    half[..., :8] = False
+    image[..., 7:] = 0
+    assert roughness(image, half) == 0 and roughness(image, everywhere) > 0
+    line = torch.zeros(1, 1, 5, 5)
+    line[0, 0, 2] = 1  # rows 1, 2, 3: second differences 1, -2, 1 down, 0 across
+    torch.testing.assert_close(roughness(line, torch.ones(1, 1, 5, 5, dtype=torch.bool)), torch.tensor(4 / 3))
 
 
 # --- cyclegan --------------------------------------------------------------------------------------------------------

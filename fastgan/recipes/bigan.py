@@ -22,7 +22,6 @@ from fastgan.training.recipe import GAN, GANOptions, Player
 @dataclass
 class Options(GANOptions):
     width: int = 16
-    lr: float = 5e-4
     z_dim: int = 32
     reconstruction: float = 1.0  # weight of |generator(encoder(x)) - x|; 0: BiGAN as it is in the paper
     left_out: str = ""  # name of a class that is not trained on, and is what anomalies are

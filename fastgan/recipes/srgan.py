@@ -95,16 +95,3 @@ class Recipe(Translation):
             content = losses.reconstruction(fake, target)
         adversarial = losses.generator(o.loss)(self.critic(fake), real_scores)
         return {"generator": o.adversarial * adversarial, "content": o.content_weight * content}
-
-    def evaluate(self, n=500):
-        """And "detail": the roughness of results over that of originals; 1 at best, blur is below."""
-        found = super().evaluate(n)
-        with torch.no_grad():
-            inputs, target = self.pair(self.unseen(n))
-            found["detail"] = float(roughness(self.translate(inputs)) / roughness(target))
-        return found
-
-
-def roughness(images):
-    """Mean |second difference| along both sides."""
-    return images.diff(n=2, dim=2).abs().mean() + images.diff(n=2, dim=3).abs().mean()
