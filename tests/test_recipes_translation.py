@@ -84,6 +84,8 @@ def test_unseen_samples_are_not_trained_on(name):
     trained = {sample["image"].mean().item() for sample in (made.training_source[i] for i in range(len(made.training_source)))}
     unseen = set(made.unseen(1000)["image"].mean((1, 2, 3)).tolist())
     assert trained | unseen == set(map(float, range(40))) and not trained & unseen and len(made.unseen(2)["image"]) == 2
+    drawn = made.unseen(100, random=True)["image"].mean((1, 2, 3))
+    assert len(drawn) == 100 and set(drawn.tolist()) <= unseen
 
 
 # --- pix2pix, srgan --------------------------------------------------------------------------------------------------

@@ -62,13 +62,15 @@ class Generator(nn.Module):
 
 
 class Pool(nn.Module):
-    """The last results that a critic was shown, ``size`` of them; a network without parameters, so that checkpoints hold it."""
+    """The last results that a critic was shown, ``size`` of them; a network without parameters, so that checkpoints hold it.
+    Several processes all have the first one's."""
 
     def __init__(self, size: int, shape):
         super().__init__()
         self.register_buffer("images", torch.zeros(size, *shape))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
+    @torch.compiler.disable
     def forward(self, images):
         """``images`` as they are until the pool is full; then each with probability 1/2 exchanged for one of the pool."""
         size, count, shown = len(self.images), int(self.count), images.clone()

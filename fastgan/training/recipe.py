@@ -92,11 +92,13 @@ class Recipe:
         kept = len(self.source) - int(len(self.source) * self.held_out)
         return Part(self.source, range(kept)) if self.held_out else self.source
 
-    def unseen(self, n: int) -> Batch:
-        """At most ``n`` of the samples that are held out (of all, if none is), spread evenly over them; on the device."""
+    def unseen(self, n: int, random: bool = False) -> Batch:
+        """At most ``n`` of the samples that are held out (of all, if none is), spread evenly over them, on the device.
+        ``random``: ``n`` of them as they are drawn, some perhaps twice."""
         held = int(len(self.source) * self.held_out) or len(self.source)
-        n, first = min(n, held), len(self.source) - held
-        batch = self.source.__getitems__([first + i * held // n for i in range(n)])
+        first, n = len(self.source) - held, n if random else min(n, held)
+        rows = torch.randint(held, (n,)).tolist() if random else [i * held // n for i in range(n)]
+        batch = self.source.__getitems__([first + row for row in rows])
         return {key: value.to(self.device) for key, value in batch.items()}
 
     @property

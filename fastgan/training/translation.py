@@ -28,9 +28,7 @@ class Translation(Recipe):
 
     def sample(self, n: int) -> Tensor:
         """Translations of ``n`` random ones of the images that were not trained on."""
-        batch = self.unseen(len(self.source))
-        rows = torch.randint(len(batch["image"]), (n,), device=self.device)
-        return self.translate(self.pair({key: value[rows] for key, value in batch.items()})[0])
+        return self.translate(self.pair(self.unseen(n, random=True))[0])
 
     def show(self, batch: Batch, n: int) -> Tensor:
         inputs, target = self.pair(self.unseen(SHOWN))
