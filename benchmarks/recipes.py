@@ -11,11 +11,13 @@ import inspect
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastgan import measure, recipes
@@ -26,14 +28,14 @@ OUT = Path("docs/recipes")
 # --- recording ------------------------------------------------------------------------------------------------------
 
 
-def record(name: str, out: Path) -> dict:
-    """Train and evaluate one recipe; its entry. CalledProcessError where it diverges."""
+def record(name: str, out: Path, more: Sequence[str] = ()) -> dict:
+    """Train and evaluate one recipe, with ``more`` arguments; its entry. CalledProcessError where it diverges."""
     with tempfile.TemporaryDirectory() as folder:
         run, found = Path(folder) / name, Path(folder) / "eval.json"
         fastgan = [sys.executable, "-m", "fastgan"]
-        started = time.perf_counter()
-        subprocess.run([*fastgan, "train", name, "--out", str(run)], check=True)
-        seconds = time.perf_counter() - started
+        started = time.perf_counter(), _cpu_time()
+        subprocess.run([*fastgan, "train", name, *more, "--out", str(run)], check=True)
+        seconds, cpu_seconds = time.perf_counter() - started[0], _cpu_time() - started[1]
         evaluated = subprocess.run([*fastgan, "eval", str(run), "--json", str(found)]).returncode
         if evaluated not in (0, 1):  # 1: a goal is missed, which is recorded
             raise subprocess.CalledProcessError(evaluated, "fastgan eval")
@@ -41,13 +43,20 @@ def record(name: str, out: Path) -> dict:
         out.mkdir(parents=True, exist_ok=True)
         shutil.copy(max((run / "samples").glob("step-*.png")), out / f"{name}.png")
         return {
-            "command": f"fastgan train {name}",
+            "command": shlex.join(["fastgan", "train", name, *more]),
             "recorded": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "seconds": round(seconds, 1),
+            "cpu_seconds": round(cpu_seconds, 1),
             **{key: config[key] for key in ("fastgan", "steps", "batch_size", "size")},
             "machine": measure.machine(),
             **json.loads(found.read_text()),
         }
+
+
+def _cpu_time() -> float:
+    """Seconds that processes which have ended computed: on a busy machine fewer than went by."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def merge(path: Path, entries: dict[str, dict]) -> dict[str, dict]:
@@ -58,7 +67,7 @@ def merge(path: Path, entries: dict[str, dict]) -> dict[str, dict]:
             results[name] = entry
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(dict(sorted(results.items())), indent=1, ensure_ascii=False) + "\n")
+    part.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
     os.replace(part, path)
     return results
 
@@ -76,6 +85,10 @@ def table(headings: tuple[str, ...], rows) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+def _cost(entry: dict) -> str:
+    return f"{entry['seconds']:.0f} s ({entry['cpu_seconds']:.0f} s of computing), threads: {entry['machine']['threads']}"
+
+
 def page(name: str, entry: dict | None, picture: bool) -> str:
     """What docs/recipes/NAME.md holds."""
     from fastgan.training import evaluate, options
@@ -89,9 +102,9 @@ def page(name: str, entry: dict | None, picture: bool) -> str:
         machine = entry["machine"]
         parts += [
             table(("metric", f"of {entry['samples']} samples", "goal", "real samples"), evaluate.cells(entry)),
-            f"After {entry['steps']} steps of {entry['batch_size']} samples of `{entry['data']}`, in {entry['seconds']:.0f} s "
-            f"on {machine['processor'].strip()}, GPU {machine['gpu']}, {machine['threads']} threads, torch {machine['torch']}; "
-            f"{entry['recorded'][:10]}." + (f" Features: {entry['features']}." if entry["features"] else ""),
+            f"`{entry['command']}`: {entry['steps']} steps of {entry['batch_size']} of `{entry['data']}`, {_cost(entry)}. "
+            f"{machine['processor'].strip()}, GPU: {machine['gpu']}, torch {machine['torch']}, {entry['recorded'][:10]}."
+            + (f" Features: {entry['features']}." if entry["features"] else ""),
         ]
     else:
         parts.append(f"No run of it has been recorded. `python -m benchmarks.recipes {name}` does.")
@@ -118,7 +131,7 @@ def gallery(results: dict[str, dict], pictures: set[str]) -> str:
                 markdown(recipes.summary(name)),
                 f"`{recipes.get(name).data}`",
                 "<br>".join(f"{metric} {value}, goal {goal}" for metric, value, goal, _ in goals),
-                f"{entry['seconds']:.0f} s, {entry['machine']['threads']} threads" if entry else "",
+                _cost(entry) if entry else "",
                 f'<img src="{name}.png" width="160">' if name in pictures else "",
             )
         )
@@ -145,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--pages", action="store_true", help="write the pages, train nothing")
     parser.add_argument("--merge", type=Path, metavar="FILE", help="take over entries of this results.json, train nothing")
+    parser.add_argument("--steps", help="train so many, to try it out; default: the recipe's")
     arguments = parser.parse_args(argv)
     for name in arguments.names:
         recipes.get(name)
@@ -154,15 +168,16 @@ def main(argv: list[str] | None = None) -> int:
     if not (arguments.pages or arguments.merge):
         for name in arguments.names or recipes.names():
             try:
-                entry = record(name, arguments.out)
+                entry = record(name, arguments.out, ["--steps", arguments.steps] if arguments.steps else ())
             except subprocess.CalledProcessError as error:
                 failed.append(f"{name}: {error}")
                 continue
             merge(arguments.out / "results.json", {name: entry})
             failed += [f"{name}: {goal} missed" for goal, met in entry["met"].items() if not met]
     if arguments.pages:
+        arguments.out.mkdir(parents=True, exist_ok=True)
         for file, text in pages(arguments.out).items():
-            (arguments.out / file).write_text(text)
+            (arguments.out / file).write_text(text, encoding="utf-8")
     print("\n".join(failed) if failed else f"written to {arguments.out}", file=sys.stderr if failed else sys.stdout)
     return 1 if failed else 0
 

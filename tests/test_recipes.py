@@ -1,6 +1,8 @@
 """Every recipe of ``fastgan train``: its players learn and leave the others alone, fast and plain steps are the same numbers,
 samples are what they should be, and a checkpoint gives them back."""
 
+# ruff: noqa: E402
+
 import dataclasses
 import functools
 import re
@@ -13,8 +15,9 @@ torch.set_num_threads(1)
 for needed in ("matplotlib", "rich", "safetensors", "sklearn", "torchmetrics"):
     pytest.importorskip(needed)
 
+import fastgan
 from fastgan import recipes
-from fastgan.training import checkpoint, data, metrics, options, pictures, run
+from fastgan.training import checkpoint, data, metrics, options, run
 from fastgan.training.trainer import Trainer
 
 BATCH, STEPS = 8, 3
@@ -155,3 +158,21 @@ def test_a_checkpoint_gives_the_same_samples(name, tmp_path):
     want = drawn(trained.for_sampling(), 0)
     recipe, _ = run.load(tmp_path)
     torch.testing.assert_close(drawn(recipe, 0), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "name, changed", [("wgan_gp", {}), ("r3gan", {}), ("mrgan", {"gradient_penalty": 1.0}), ("sngan", {"r1": 1.0})]
+)
+def test_penalised_critics_share_a_pass(name, changed, monkeypatch):
+    """From the second step on: r3gan's first step has zeros where later ones prove that samples don't depend on each other."""
+    trained, found = trainer(name, **changed), []
+    critic_step = fastgan.critic_step
+
+    def watched(*arguments, **options):
+        found.append(critic_step(*arguments, **options))
+        return found[-1]
+
+    trained.step()
+    monkeypatch.setattr(fastgan, "critic_step", watched)
+    trained.step()
+    assert found and all(step.method == "fused" for step in found), [step.why for step in found]

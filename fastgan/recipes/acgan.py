@@ -18,6 +18,8 @@ from fastgan.training.recipe import GAN, GANOptions
 
 @dataclass
 class Options(GANOptions):
+    width: int = 16
+    lr: float = 5e-4
     classifier: float = 1.0  # weight of the classes' cross entropy
 
 
@@ -25,7 +27,7 @@ class Critic(networks.ConvCritic):
     """Images to [score (B, 1), class scores (B, classes)]."""
 
     def __init__(self, shape: networks.Shape, width: int, classes: int):
-        super().__init__(shape, width)
+        super().__init__(shape, width, norm=nn.BatchNorm2d)
         self.classifier = nn.Linear(self.feature_count, classes)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -35,6 +37,7 @@ class Critic(networks.ConvCritic):
 
 class Recipe(GAN):
     Options = Options
+    steps = 900
     conditional = True
 
     def build(self):

@@ -6,16 +6,27 @@ the default is the paper's own remedy. Nothing keeps the generator from serving 
 Goodfellow et al., "Generative adversarial nets", 2014.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 from torch import nn
 
 from fastgan.training import networks
-from fastgan.training.recipe import GAN
+from fastgan.training.recipe import GAN, GANOptions
+
+
+@dataclass
+class Options(GANOptions):
+    lr: float = 1e-3
+    lr_decay: float = 0.5
 
 
 class Recipe(GAN):
+    Options = Options
     data = "ring"
     batch_size = 256
-    steps = 3000
+    steps = 2000
+    goals: ClassVar = {"modes": 22, "high_quality": 0.5}
 
     def build(self):
         o, shape = self.options, self.source.shape

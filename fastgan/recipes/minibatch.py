@@ -8,20 +8,22 @@ Salimans et al., "Improved techniques for training GANs", 2016.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 import fastgan
 from fastgan import losses
-from fastgan.training import networks
 from fastgan.training.recipe import GAN, GANOptions
 
 
 @dataclass
 class Options(GANOptions):
-    kernels: int = 32  # of minibatch discrimination
-    kernel_dims: int = 8
+    lr: float = 1e-3
+    lr_decay: float = 0.5
+    kernels: int = 16  # of minibatch discrimination
+    kernel_dims: int = 4
     smooth: float = 0.9  # the label of reals in cross entropies; 1: labels are not smoothed
     feature_matching: float = 0.0  # weight
 
@@ -42,8 +44,9 @@ class Critic(nn.Module):
 class Recipe(GAN):
     Options = Options
     data = "ring"
-    batch_size = 256
-    steps = 3000
+    batch_size = 128
+    steps = 1500
+    goals: ClassVar = {"modes": 23, "high_quality": 0.5}
 
     def build(self):
         o, hidden = self.options, 4 * self.options.width

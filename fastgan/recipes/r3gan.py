@@ -18,12 +18,14 @@ from fastgan.training.recipe import GAN, GANOptions
 @dataclass
 class Options(GANOptions):
     loss: str = "relativistic"
+    width: int = 8
+    lr: float = 1e-3
     r1: float = 1.0
     r2: float = 1.0
     beta1: float = 0.0
     beta2: float = 0.99
     blocks: int = 1  # at each resolution
-    groups: int = 4  # of the 3x3 convolutions
+    groups: int = 2  # of the 3x3 convolutions
 
 
 class Block(nn.Module):
@@ -87,6 +89,7 @@ class Critic(nn.Sequential):
 
 class Recipe(GAN):
     Options = Options
+    steps = 800
 
     def build(self):
         o, shape = self.options, self.source.shape
@@ -97,6 +100,6 @@ class Recipe(GAN):
             "critic": Critic(shape, o.width, o.blocks, o.groups),
         }
 
-    def decode(self, z, *labels):
-        samples = super().decode(z, *labels)
+    def decode(self, z, label=None):
+        samples = super().decode(z, label)
         return samples if len(self.source.shape) == 1 else samples.clamp(-1, 1)

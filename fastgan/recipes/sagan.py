@@ -19,8 +19,9 @@ from fastgan.training.recipe import GAN, GANOptions
 @dataclass
 class Options(GANOptions):
     loss: str = "hinge"
-    lr: float = 1e-4
-    lr_critic: float = 4e-4
+    width: int = 16
+    lr: float = 5e-4
+    lr_critic: float = 1e-3
     beta1: float = 0.0
     beta2: float = 0.9
     init: str = "xavier"
@@ -45,7 +46,7 @@ class SelfAttention(nn.Module):
 
 class Recipe(GAN):
     Options = Options
-    steps = 1000
+    steps = 600
 
     @property
     def conditional(self) -> bool:

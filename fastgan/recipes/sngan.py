@@ -15,6 +15,8 @@ from fastgan.training.recipe import GAN, GANOptions
 @dataclass
 class Options(GANOptions):
     loss: str = "hinge"
+    width: int = 16
+    lr: float = 1e-3
     beta1: float = 0.0
     beta2: float = 0.9
     init: str = "xavier"
@@ -22,7 +24,7 @@ class Options(GANOptions):
 
 class Recipe(GAN):
     Options = Options
-    steps = 800
+    steps = 600
 
     def build(self):
         o, shape = self.options, self.source.shape

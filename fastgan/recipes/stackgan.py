@@ -181,6 +181,9 @@ class Recipe(Base):
         i = torch.arange(n, device=self.device)
         return self.captions.of(i % self.source.classes, 1 + i // self.source.classes % 2)
 
+    def labels(self, n):
+        return torch.arange(n, device=self.device) % self.source.classes
+
     def sample(self, n):
         return self.draw(self.every_caption(n))
 
@@ -190,15 +193,23 @@ class Recipe(Base):
         rows = torch.stack([functional.interpolate(coarse, fine.shape[2:]), fine], 1)
         return rows.unflatten(0, (-1, self.source.classes)).transpose(0, 1).flatten(1, 2)
 
+    def real(self, images, label):
+        return Source(self.source.name, {"image": images, "label": label}, self.source.class_names)
+
+    def reference(self):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            batch = self.unseen(2000)
+            return metrics.reference(self.real(self.captioned(batch)[0], batch["label"]), self.features)
+
     def evaluate(self, n=2000):
         """Of samples for all texts with a size; and "caption_accuracy": the share that a classifier trained on captioned images
         takes for the class of their text and whose spread is nearer to that of the size they are to have."""
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(0)
             batch = self.unseen(n)
-            images, _ = self.captioned(batch)
-            real = Source(self.source.name, {"image": images, "label": batch["label"]}, self.source.class_names)
-            found = metrics.evaluate(self.sample, real, n)
+            images = self.captioned(batch)[0]
+            found = metrics.evaluate(self.sample, self.real(images, batch["label"]), n, self.features, self.labels)
             every = self.every_caption(n)
             drawn, (label, size) = self.draw(every), (every[:, 1] - every[:, 1].min(), every[:, 0])
             _, logits = extractor("classifier", images, batch["label"])(drawn)

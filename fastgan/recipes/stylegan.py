@@ -23,6 +23,7 @@ from fastgan.training.recipe import GAN, GANOptions, Player
 
 @dataclass
 class Options(GANOptions):
+    width: int = 8
     lr: float = 2e-3
     beta1: float = 0.0
     beta2: float = 0.99
@@ -33,7 +34,7 @@ class Options(GANOptions):
     mixing: float = 0.9  # share of training samples of two latents, one for the coarse layers and one for the fine
     path_length: float = 1.0  # weight
     path_every: int = 4
-    truncation: float = 0.8  # samples' styles are this share of the way from the mean style; 1: not truncated
+    truncation: float = 0.9  # samples' styles are this share of the way from the mean style; 1: not truncated
 
 
 class Scaled(nn.Module):
@@ -65,7 +66,7 @@ class Mapping(nn.Module):
 
     def __init__(self, z_dim: int, layers: int):
         super().__init__()
-        self.layers = nn.ModuleList(equalised(nn.Linear(z_dim, z_dim), rate=0.01) for _ in range(layers))
+        self.layers = nn.ModuleList(equalised(nn.Linear(z_dim, z_dim), rate=0.1) for _ in range(layers))
         self.register_buffer("mean", torch.zeros(z_dim))
 
     def forward(self, z: Tensor) -> Tensor:
@@ -170,14 +171,15 @@ class Critic(nn.Module):
 
 class Recipe(GAN):
     Options = Options
+    steps = 900
     averaged = ("mapping", "synthesis")
 
     def build(self):
         o, shape = self.options, self.source.shape
         return {
             "mapping": Mapping(o.z_dim, o.mapping_layers),
-            "synthesis": Synthesis(o.z_dim, shape, o.width // 2, o.style == "adain"),
-            "critic": Critic(shape, o.width // 2),
+            "synthesis": Synthesis(o.z_dim, shape, o.width, o.style == "adain"),
+            "critic": Critic(shape, o.width),
         }
 
     def players(self):
@@ -205,7 +207,7 @@ class Recipe(GAN):
             terms["path_length"] = fastgan.path_length_penalty(self.synthesis, styles, weight=weight, mean=mean)
         return terms
 
-    def decode(self, z):
+    def decode(self, z, label=None):
         mean = self.mapping.mean
         style = mean + self.options.truncation * (self.mapping(z) - mean)
         images = self.synthesis(style[:, None].expand(-1, len(self.synthesis.convs), -1))

@@ -1,29 +1,25 @@
-"""WGAN: the critic estimates how far the distributions are apart; clipped weights keep it Lipschitz. RMSprop, 5 critic updates.
+"""WGAN: the critic estimates how far the distributions are apart; clipped weights keep it Lipschitz. RMSprop.
+
+DCGAN's networks.
 
 Arjovsky, Chintala, Bottou, "Wasserstein GAN", 2017.
 """
 
 from dataclasses import dataclass
 
-from torch import nn
-
-from fastgan.training import networks
-from fastgan.training.recipe import GAN, GANOptions
+from . import dcgan
 
 
 @dataclass
-class Options(GANOptions):
+class Options(dcgan.Options):
     loss: str = "wasserstein"
     optimizer: str = "rmsprop"
+    lr: float = 1e-3
     clip_weight: float = 0.01
-    critic_updates: int = 5
+    critic_updates: int = 3
+    init: str = "default"
 
 
-class Recipe(GAN):
+class Recipe(dcgan.Recipe):
     Options = Options
-    steps = 600
-
-    def build(self):
-        o = self.options
-        critic = networks.ConvCritic(self.source.shape, o.width, norm=nn.BatchNorm2d)
-        return {"generator": networks.ConvGenerator(o.z_dim, self.source.shape, o.width), "critic": critic}
+    steps = 450

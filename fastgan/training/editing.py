@@ -18,7 +18,7 @@ def interpolate(recipe: Recipe, n: int, between: int = 8) -> Tensor:
     start, end, labels = recipe.latent(n), recipe.latent(n), recipe.labels(n)
     shares = torch.linspace(0, 1, between, device=start.device)
     with torch.no_grad():
-        return torch.stack([recipe.decode(arc(start, end, share), *labels) for share in shares])
+        return torch.stack([recipe.decode(arc(start, end, share), labels) for share in shares])
 
 
 def arc(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
@@ -41,13 +41,13 @@ def edit(recipe: Recipe, n: int, attribute: str, value: str, rows: int = 3) -> T
         raise ValueError(f"--edit: images are edited, and samples of {recipe.source.name} have shape {recipe.source.shape}")
     z, labels = recipe.latent(n), recipe.labels(n)
     with torch.no_grad():
-        before = recipe.decode(z, *labels)
+        before = recipe.decode(z, labels)
     if attribute == "label":
-        names = recipe.source.class_names if labels else ()
+        names = recipe.source.class_names if labels is not None else ()
         if value not in names:
             raise ValueError(f"--edit label={value}: expected one of {', '.join(names) or 'none: it is not conditional'}")
         with torch.no_grad():
-            return torch.stack([before, recipe.decode(z, torch.full_like(labels[0], names.index(value)))], 1)
+            return torch.stack([before, recipe.decode(z, torch.full_like(labels, names.index(value)))], 1)
     if attribute not in ATTRIBUTES:
         raise ValueError(f"--edit {attribute}: expected one of label, {', '.join(ATTRIBUTES)}")
     try:
@@ -58,9 +58,9 @@ def edit(recipe: Recipe, n: int, attribute: str, value: str, rows: int = 3) -> T
     old, images = measure(before), [before]
     deviation = _deviation(recipe, measure)
     for row in range(1, rows):
-        z = move(lambda z: measure(recipe.decode(z, *labels)), z, old + amount * deviation * row / (rows - 1))
+        z = move(lambda z: measure(recipe.decode(z, labels)), z, old + amount * deviation * row / (rows - 1))
         with torch.no_grad():
-            images.append(recipe.decode(z, *labels))
+            images.append(recipe.decode(z, labels))
     return torch.stack(images, 1)
 
 
@@ -83,7 +83,7 @@ def _check(recipe: Recipe) -> None:
 
 @torch.no_grad()
 def _deviation(recipe: Recipe, measure: Callable[[Tensor], Tensor], n: int = 200) -> Tensor:
-    return measure(recipe.decode(recipe.latent(n), *recipe.labels(n))).std()
+    return measure(recipe.decode(recipe.latent(n), recipe.labels(n))).std()
 
 
 # --- attributes of images (B, C, H, W) in [-1, 1], (B,) each; light is what is brighter than black ----------------------

@@ -7,6 +7,7 @@
   the same classifier;
 * images, and points without labels: ``precision``, ``recall`` (Kynkäänniemi et al., 2019), ``density``, ``coverage`` (Naeem et
   al., 2020);
+* images whose class was asked for: ``accuracy``, the share that the classifier takes for that class;
 * pairs of images: ``psnr``, ``ssim`` (Wang et al., 2004), by :func:`paired`.
 
 A mode or a class is covered if it gets at least a fifth of an even share of the samples; a sample is near a mode within three
@@ -35,13 +36,17 @@ class NotFinite(ValueError):
     """Samples hold NaN or infinity."""
 
 
-def evaluate(sample: Callable[[int], Tensor], source: Source, n: int = 2000, features: str | None = None) -> dict[str, float]:
+def evaluate(
+    sample: Callable[[int], Tensor], source: Source, n: int = 2000, features: str | None = None,
+    labels: Callable[[int], Tensor | None] | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Metrics of ``n`` samples against those of ``source``.
 
     Args:
         sample: called with how many, returns images (N, C, H, W) in [-1, 1] or points (N, D), of the shape of the source's.
         n: samples in all, at least 10.
         features: of images: "classifier", "random" or "inception"; None: the classifier where there are labels, else random.
+        labels: called with how many, the classes that such samples were asked to be of (N,), or None.
 
     The random state that samples are drawn from is put back afterwards, so that a run that is evaluated goes on unchanged.
     ValueError: n too small, samples of another shape; :class:`NotFinite`; ModuleNotFoundError says what "inception" needs.
@@ -49,15 +54,17 @@ def evaluate(sample: Callable[[int], Tensor], source: Source, n: int = 2000, fea
     if n < LEAST:
         raise ValueError(f"n is {n}: expected at least {LEAST}")
     with _random_state_kept(), torch.no_grad():
-        drawn = torch.cat([sample(min(PART, n - i)).detach() for i in range(0, n, PART)])
+        parts = [min(PART, n - i) for i in range(0, n, PART)]
+        drawn = torch.cat([sample(part).detach() for part in parts])
+        asked = [labels(part) for part in parts] if labels else [None]
         if drawn.shape[1:] != source.shape:
             raise ValueError(f"samples have shape {tuple(drawn.shape[1:])}, those of {source.name} {source.shape}")
         if bad := int((~drawn.flatten(1).isfinite().all(1)).sum()):
             raise NotFinite(f"{bad} of {n} samples are not finite")
-        real, labels = _real(source)
+        real, known = _real(source)
         if drawn.dim() == 2:
-            return _points(drawn, real, labels)
-        return _images(drawn, real, extractor(features, real, labels))
+            return _points(drawn, real, known)
+        return _images(drawn, real, extractor(features, real, known), None if asked[0] is None else torch.cat(asked))
 
 
 def reference(source: Source, features: str | None = None) -> dict[str, float]:
@@ -133,12 +140,14 @@ def _covered(labels: Tensor, classes: int, n: int) -> int:
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def _images(drawn: Tensor, real: Tensor, extract: Extractor) -> dict[str, float]:
+def _images(drawn: Tensor, real: Tensor, extract: Extractor, asked: Tensor | None = None) -> dict[str, float]:
     fake, logits = extract(drawn)
     true, _ = extract(real.to(drawn.device))
     found = {"fid": fid(true, fake), "kid": kid(true, fake)}
     if extract.classes:
         found["classes"] = float(_covered(logits.argmax(1), extract.classes, len(logits)))
+    if extract.classes and asked is not None:
+        found["accuracy"] = (logits.argmax(1) == asked).float().mean().item()
     if logits is not None:
         found["inception_score"] = inception_score(logits)
     return found | neighbourhoods(true, fake)
@@ -185,10 +194,11 @@ def inception_score(logits: Tensor) -> float:
     """exp(mean KL(p(y | x), p(y))) of logits (N, classes), the mean of ten parts: 1 at worst, the number of classes at best."""
     from torchmetrics.image.inception import InceptionScore
 
+    logits = logits.double()
+    logits = (logits - logits.amax(1, keepdim=True)).clamp_min(-700)  # else a class that no sample has is 0 * log 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        # in float64: a class that no sample has is 0 * log 0 in float32
-        return float(_value(InceptionScore, [(logits.double(),)], feature=_given(logits))[0])
+        return float(_value(InceptionScore, [(logits,)], feature=_given(logits))[0])
 
 
 def neighbourhoods(real: Tensor, fake: Tensor) -> dict[str, float]:
@@ -197,7 +207,8 @@ def neighbourhoods(real: Tensor, fake: Tensor) -> dict[str, float]:
     real, fake = real.double(), fake.double()
 
     def radius(x: Tensor, k: int) -> Tensor:
-        return fastgan.nearest_distances(x, k=min(k, len(x) - 1))[:, -1]
+        # the neighbour itself is inside, however its distance is rounded
+        return fastgan.nearest_distances(x, k=min(k, len(x) - 1))[:, -1] * (1 + 1e-9)
 
     def inside(x: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
         """(N,): in how many balls each x lies."""

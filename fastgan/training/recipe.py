@@ -80,7 +80,17 @@ class Recipe:
         """Metrics by name, of ``n`` samples, by :func:`fastgan.training.metrics.evaluate`."""
         from . import metrics
 
-        return metrics.evaluate(self.sample, self.source, n, self.features)
+        return metrics.evaluate(self.sample, self.source, n, self.features, self.labels)
+
+    def labels(self, n: int) -> Tensor | None:
+        """(n,): the classes that ``sample(n)`` is asked for; None: it isn't."""
+        return None
+
+    def reference(self) -> dict[str, float]:
+        """What perfect samples would get, of those metrics for which that is known."""
+        from . import metrics
+
+        return metrics.reference(self.source, self.features)
 
     def show(self, batch: Batch, n: int) -> Tensor:
         """What the picture of samples holds: here samples; a translation shows its inputs too, (n, rows, C, H, W)."""
@@ -201,16 +211,16 @@ class GAN(Recipe):
                 real_scores = self.critic(batch["image"], *args)
         return losses.generator(self.options.loss)(self.critic(fake, *args), real_scores)
 
-    def labels(self, n: int) -> tuple[Tensor, ...]:
-        """Further arguments of the generator for ``n`` samples: the classes in turn, if it is told of them."""
-        return (torch.arange(n, device=self.device) % self.classes,) if self.conditional else ()
+    def labels(self, n: int) -> Tensor | None:
+        """The classes that ``n`` samples are of: all in turn, where the generator is told of them."""
+        return torch.arange(n, device=self.device) % self.classes if self.conditional else None
 
-    def decode(self, z: Tensor, *labels: Tensor) -> Tensor:
+    def decode(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         """The samples of latents (n, z_dim)."""
-        return self.generator(z, *labels)
+        return self.generator(z) if label is None else self.generator(z, label)
 
     def sample(self, n: int) -> Tensor:
-        return self.decode(self.latent(n), *self.labels(n))
+        return self.decode(self.latent(n), self.labels(n))
 
     def write(self, text: str, n: int = 1) -> Tensor:
         """(length, n, C, H, W): ``n`` lines of text, each character a sample of its class, and all of a line of one latent.

@@ -10,18 +10,16 @@ import dataclasses
 import importlib.util
 import json
 import math
+import random
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from fastgan import recipes
 from fastgan.training import missing_extras
 from fastgan.training.command import _positive
+from fastgan.training.space import PRUNERS, REPORTS, SAMPLERS, default_space, grid, parse_range, pruner, sampler
 
-SAMPLERS = ("bayes", "random", "grid", "evolution")
-PRUNERS = ("median", "hyperband", "none")
-REPORTS = 5  # measurements of a trial, evenly over its steps
 SHOWN = 10  # rows of the table
 #: what must be the same for a search to go on
 SAME = ("recipe", "data", "size", "steps", "batch_size", "seed", "metric", "samples", "set", "space")
@@ -65,110 +63,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-# --- what is searched -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Range:
-    """One option: numbers from ``low`` to ``high``, or one of ``choices`` as text."""
-
-    name: str
-    low: float = 0.0
-    high: float = 0.0
-    log: bool = False
-    whole: bool = False
-    choices: tuple[str, ...] = ()
-
-    def suggest(self, trial) -> str:
-        """The trial's value, as ``--set`` takes it."""
-        if self.choices:
-            return trial.suggest_categorical(self.name, list(self.choices))
-        if self.whole:
-            return str(trial.suggest_int(self.name, int(self.low), int(self.high), log=self.log))
-        return f"{trial.suggest_float(self.name, self.low, self.high, log=self.log):.4g}"
-
-    def points(self, count: int) -> list:
-        """At most ``count`` values that lie evenly in it, ends included; all of the choices."""
-        if self.choices:
-            return list(self.choices)
-        at = [i / (count - 1) for i in range(count)] if count > 1 else [0.5]
-        if self.log:
-            values = [self.low * (self.high / self.low) ** x for x in at]
-        else:
-            values = [self.low + (self.high - self.low) * x for x in at]
-        # powers may step over an end by a rounding
-        values = [min(max(value, self.low), self.high) for value in values]
-        return sorted({round(value) for value in values}) if self.whole else values
-
-
-def parse_range(kind: type, text: str) -> Range:
-    """``name=low:high[:log]`` or ``name=a,b,c`` for an option of ``kind``. ValueError says what is wrong with it."""
-    from fastgan.training import options
-
-    name, equals, values = text.partition("=")
-    expected = f"--space {text}: expected name=low:high, name=low:high:log or name=a,b,c"
-    if not equals or not values:
-        raise ValueError(expected)
-    numbers = values.split(":")
-    ends = numbers[:2] if len(numbers) > 1 else [value.strip() for value in values.split(",")]
-    try:
-        parsed = [getattr(options.parse(kind, [f"{name}={end}"]), name) for end in ends]
-    except ValueError as error:
-        raise ValueError(str(error).replace("--set", "--space")) from None
-    if len(numbers) == 1:
-        return Range(name, choices=tuple(ends))
-    if len(numbers) > 3 or numbers[2:] not in ([], ["log"]) or any(type(x) not in (int, float) for x in parsed):
-        raise ValueError(expected)
-    low, high = parsed
-    log = numbers[2:] == ["log"]
-    if not low < high or not math.isfinite(high) or (log and low <= 0):
-        raise ValueError(f"--space {text}: expected low < high{', both above 0' if log else ''}")
-    return Range(name, low, high, log, type(low) is int)
-
-
-def default_space(chosen) -> list[Range]:
-    """Learning rates, beta1 where the optimizer is Adam, and those weights of penalties that are not 0."""
-    from fastgan.training import options
-
-    def around(name: str, value: float, factor: float) -> Range:
-        return Range(name, value / factor, value * factor, log=True)
-
-    space = [around("lr", chosen.lr, 5), around("lr_critic", chosen.lr_critic or chosen.lr, 5)]
-    if chosen.optimizer == "adam":
-        space.append(Range("beta1", choices=("0.0", "0.5", "0.9")))
-    for name, meaning in options.meanings(type(chosen)).items():
-        value = getattr(chosen, name)
-        if type(value) is float and value > 0 and ("weight of" in meaning or "penalty" in name or name in ("r1", "r2")):
-            space.append(around(name, value, 10))
-    return space
-
-
-def sampler(name: str, space: list[Range], trials: int, seed: int):
-    """Optuna's sampler. A grid has as many values of each range as let all combinations fit into ``trials``, at least 2."""
-    import optuna
-
-    if name == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    if name == "bayes":
-        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(4, min(10, trials // 3)))
-    if name == "evolution":
-        return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(4, math.isqrt(trials)))
-    free = [axis for axis in space if not axis.choices]
-    fixed = math.prod(len(axis.choices) for axis in space if axis.choices)
-    count = max(2, int((trials / fixed) ** (1 / len(free)) + 1e-9)) if free else 0
-    return optuna.samplers.GridSampler({axis.name: axis.points(count) for axis in space}, seed=seed)
-
-
-def pruner(name: str):
-    import optuna
-
-    if name == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=4)
-    if name == "hyperband":
-        return optuna.pruners.HyperbandPruner(min_resource=1, max_resource=REPORTS)
-    return optuna.pruners.NopPruner()
-
-
 # --- the search -------------------------------------------------------------------------------------------------------
 
 
@@ -210,10 +104,18 @@ def tune(arguments: argparse.Namespace) -> int:
         direction="minimize" if metric in LESS_IS_BETTER else "maximize",
         pruner=pruner(arguments.pruner),
     )
-    _again_what_was_killed(study)
+    remaining = arguments.trials - len(_done(study))
     # a sampler that starts anew from the same seed would propose the same again
-    study.sampler = sampler(arguments.sampler, space, arguments.trials, arguments.seed + len(study.trials))
-    remaining = arguments.trials - sum(trial.state.is_finished() and trial.state.name != "FAIL" for trial in study.trials)
+    study.sampler = sampler(arguments.sampler, arguments.trials, arguments.seed + len(study.trials))
+    points = _fail_what_was_killed(study)
+    waiting = [trial.system_attrs["fixed_params"] for trial in study.trials if trial.state.name == "WAITING"]
+    if arguments.sampler == "grid":
+        known = [*waiting, *(trial.params for trial in _done(study))]
+        points = [point for point in grid(space, arguments.trials) if point not in known]
+        random.Random(arguments.seed).shuffle(points)  # a part of a grid is to be from all over it
+        remaining = min(remaining, len(waiting) + len(points))
+    for point in points[: max(0, remaining - len(waiting))]:
+        study.enqueue_trial(point)
 
     def objective(trial) -> float:
         settings = [*fixed, *(f"{axis.name}={axis.suggest(trial)}" for axis in space)]
@@ -232,14 +134,15 @@ def tune(arguments: argparse.Namespace) -> int:
 
 
 def default_metric(recipe, source) -> str:
-    """A distance where the recipe's metrics have one: what counts modes or classes is soon at its best."""
+    """A distance where the recipe's metrics have one: what counts modes or classes is soon at its best. Else its first goal."""
     from fastgan.training.recipe import Recipe
 
-    if recipe.evaluate is Recipe.evaluate:
-        return "fid" if len(source.shape) == 3 else "energy_distance"
-    if recipe.goals:
-        return next(iter(recipe.goals))
-    raise ValueError("--metric: the recipe has measures of its own; fastgan eval shows their names")
+    distance = "fid" if len(source.shape) == 3 else "energy_distance"
+    if recipe.evaluate is Recipe.evaluate or distance in recipe.goals:
+        return distance
+    if not recipe.goals:
+        raise ValueError("--metric: expected, for this recipe has measures of its own; fastgan eval shows their names")
+    return next(iter(recipe.goals))
 
 
 def trained(recipe, chosen, source, config: dict, where, metric: str, trial) -> float:
@@ -308,14 +211,19 @@ def _prepare(out: Path, config: dict, resume: bool) -> None:
     checkpoint.write_json(path, config)
 
 
-def _again_what_was_killed(study) -> None:
-    """A trial that still counts as running belongs to a process that is gone."""
+def _done(study) -> list:
+    return [trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")]
+
+
+def _fail_what_was_killed(study) -> list[dict]:
+    """A trial that still counts as running belongs to a process that is gone. Their settings."""
     import optuna
 
-    for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-        if trial.params:
-            study.enqueue_trial(trial.params)
+    states = optuna.trial.TrialState
+    killed = study.get_trials(states=[states.RUNNING])
+    for trial in killed:
+        study.tell(trial.number, state=states.FAIL)
+    return [trial.params for trial in killed if trial.params]
 
 
 # --- what came of it --------------------------------------------------------------------------------------------------

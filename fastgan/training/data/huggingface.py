@@ -20,8 +20,8 @@ def load(name: str, size: int, strict: bool) -> "Rows":
     """
     try:
         import datasets
-    except ImportError:
-        raise ValueError(f"--data {name} was written by Hugging Face's datasets: pip install datasets") from None
+    except ImportError as error:
+        raise ValueError(f"--data {name} was written by Hugging Face's datasets: {error}; pip install datasets") from None
     rows = datasets.load_from_disk(name)
     if isinstance(rows, datasets.DatasetDict):
         if "train" not in rows and len(rows) > 1:

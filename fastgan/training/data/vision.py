@@ -14,8 +14,8 @@ def load(name: str, size: int, strict: bool) -> "Vision":
     """
     try:
         from torchvision import datasets
-    except ImportError:
-        raise ValueError(f"--data {name}: torchvision is not installed, pip install torchvision") from None
+    except (ImportError, RuntimeError) as error:  # the latter where it was built for another torch
+        raise ValueError(f"--data {name}: {error}; pip install torchvision, of the version that goes with this torch") from None
     _, kind, root = (*name.split(":", 2), "data")[:3]
     made = getattr(datasets, kind, None)
     if kind not in datasets.__all__:
