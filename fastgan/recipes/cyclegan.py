@@ -28,6 +28,7 @@ from fastgan.training.translation import SHOWN, PatchCritic, Residual, Translati
 class Options(BaseOptions):
     width: int = 16
     lr: float = 5e-4
+    lr_decay: float = 0.5
     loss: Literal[losses.names()] = "least_squares"
     cycle: float = 10.0  # weight of |there and back - original|
     identity: float = 5.0  # weight of |result - original| for what is in the target domain already

@@ -23,6 +23,7 @@ from fastgan.training.translation import PatchCritic, Translation, UNet, needs_i
 class Options(BaseOptions):
     width: int = 16
     lr: float = 1e-3
+    lr_decay: float = 0.5
     task: Literal["inpaint", "denoise", "watermark", "edges", "pairs"] = "inpaint"
     loss: Literal[losses.names()] = "non_saturating"
     l1: float = 100.0  # weight of |result - target|
@@ -30,7 +31,7 @@ class Options(BaseOptions):
 
 class Recipe(Translation):
     Options = Options
-    steps = 600
+    steps = 900
 
     def build(self):
         channels, side, _ = needs_images(self.source)
