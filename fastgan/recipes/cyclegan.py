@@ -1,10 +1,10 @@
 """CycleGAN: translation between two domains without pairs; what goes to the other domain and comes back is to be what it was.
 
 Two generators, two critics of patches with least squares, cycle and identity losses, and a pool of earlier results that the
-critics are shown. Sources: any with "image" and "other". ``fastgan train cyclegan`` is style transfer from photographs to
-pencil drawings, ``--data flat`` to the flat colours and outlines of animated films; ``fastgan sample DIR --input PICTURES``
-then translates pictures of your own. A source without "other" is made into two domains by ``--set domain=``: its images,
-and other images of it inverted, rotated by a quarter or as outlines.
+critics are shown. ``fastgan train cyclegan`` is style transfer from photographs to pencil drawings, ``--data flat`` to the
+flat colours and outlines of animated films, ``--data FOLDER,FOLDER`` between two of your own; ``fastgan sample DIR --input
+PICTURES`` then translates others. A source of one domain is made into two by ``--set domain=``: its images, and other
+images of it inverted, rotated by a quarter or as outlines.
 
 Zhu et al., "Unpaired image-to-image translation using cycle-consistent adversarial networks", 2017.
 """

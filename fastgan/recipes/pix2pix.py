@@ -1,8 +1,9 @@
 """pix2pix: images to images from pairs, by a U-Net against a critic of patches of (result, input), and an L1 loss.
 
 ``--set task=`` says what the pairs are. ``inpaint``, ``denoise``, ``watermark``: restoration, of any images, which are
-spoiled as they are drawn; ``edges``: sketch to photograph; ``pairs``: the source has both, "image" and "other", which is
-the target. ``fastgan sample DIR --input PICTURES`` then restores pictures that are spoiled already.
+spoiled as they are drawn; ``edges``: sketch to photograph; ``pairs``, with two folders of equally many files, ``--data
+SKETCHES,PHOTOGRAPHS``: each of the first becomes its counterpart, in alphabetical order. ``fastgan sample DIR --input
+PICTURES`` then restores pictures that are spoiled already.
 
 Isola et al., "Image-to-image translation with conditional adversarial networks", 2017.
 """
@@ -14,6 +15,7 @@ import torch
 
 from fastgan import losses
 from fastgan.training import degradations
+from fastgan.training.data import Domains
 from fastgan.training.options import Options as BaseOptions
 from fastgan.training.recipe import Player
 from fastgan.training.translation import PatchCritic, Translation, UNet, needs_images
@@ -38,6 +40,10 @@ class Recipe(Translation):
         levels = min(4, (side & -side).bit_length() - 2)  # down to 2x2 or as far as it halves
         if levels < 1:
             raise ValueError(f"pix2pix halves images at least once and further to 2 pixels: size {side} does not divide")
+        if self.options.task == "pairs" and isinstance(self.source, Domains):
+            first, second = len(self.source.image), len(self.source.other)
+            if first != second:
+                raise ValueError(f"task=pairs: {first} images in one half of --data {self.source.name}, {second} in the other")
         return {
             "generator": UNet(channels, channels, self.options.width, levels),
             "critic": PatchCritic(2 * channels, self.options.width),
