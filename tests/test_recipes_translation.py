@@ -96,7 +96,7 @@ def test_pairs_are_the_sources_own():
     batch = made.unseen(3)
     assert all(torch.equal(*pair) for pair in zip(made.pair(batch), (batch["image"], batch["other"]), strict=True))
     halves = data.Domains("two", colours(), Part(colours(), range(5)))
-    with pytest.raises(ValueError, match="12 images in one half .* 5 in the other"):
+    with pytest.raises(ValueError, match="12 images in one half"):
         recipe("pix2pix", halves, task="pairs")
     with pytest.raises(ValueError, match='no "other"'):
         recipe("pix2pix", colours(), task="pairs").pair(colours()[0])

@@ -56,7 +56,7 @@ class Detail(nn.Module):
 
 class Recipe(Base):
     Options = Options
-    steps = 800
+    steps = 600
 
     def __init__(self, options, source):
         _, side, _ = needs_images(source)

@@ -25,7 +25,6 @@ from fastgan.training.translation import PatchCritic, Translation, UNet, needs_i
 class Options(BaseOptions):
     width: int = 16
     lr: float = 1e-3
-    lr_decay: float = 0.5
     task: Literal["inpaint", "denoise", "watermark", "edges", "pairs"] = "inpaint"
     loss: Literal[losses.names()] = "non_saturating"
     l1: float = 100.0  # weight of |result - target|
@@ -33,7 +32,7 @@ class Options(BaseOptions):
 
 class Recipe(Translation):
     Options = Options
-    steps = 900
+    steps = 600
 
     def build(self):
         channels, side, _ = needs_images(self.source)

@@ -19,7 +19,6 @@ from fastgan.training.recipe import GAN, GANOptions, Player
 @dataclass
 class Options(GANOptions):
     width: int = 16
-    lr: float = 5e-4
     z_dim: int = 16
     kl: float = 0.001  # weight of KL in the encoder's loss, where the feature error, a mean, has weight 1
     similarity: float = 10.0  # weight of the feature error in the generator's loss
