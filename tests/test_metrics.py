@@ -239,7 +239,7 @@ def test_errors(digits):
         metrics.evaluate(lambda n: torch.zeros(n, 1, 8, 8), digits, 20, "vgg")
 
 
-@pytest.mark.skipif(bool(importlib.util.find_spec("torch_fidelity")), reason="torch-fidelity is installed")
+@pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is not None, reason="torch-fidelity is installed")
 def test_inception_says_what_to_install(digits):
     with pytest.raises(ModuleNotFoundError, match="pip install torch-fidelity"):
         metrics.evaluate(lambda n: torch.zeros(n, 1, 8, 8), digits, 20, "inception")

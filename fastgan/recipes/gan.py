@@ -1,7 +1,8 @@
 """The first GAN: two perceptrons play against each other, binary cross entropy on the critic's scores.
 
 ``--set loss=minimax`` is the game as it is first written, where the generator's gradient vanishes once the critic wins;
-the default is the paper's own remedy. Nothing keeps the generator from serving some modes only.
+the default is the paper's own remedy. Nothing keeps the generator from serving some modes only: of the ring's modes, which are
+close, it finds all, drawing the circle through them, hence the goal for ``high_quality``; of ``--data grid`` it found 4 of 25.
 
 Goodfellow et al., "Generative adversarial nets", 2014.
 """

@@ -159,13 +159,13 @@ def _random(images: Tensor) -> Extractor:
 
 
 def _inception() -> Extractor:
-    from torchmetrics.image.fid import NoTrainInceptionV3
-
-    needed = "features 'inception' need torch-fidelity and its weights: pip install torch-fidelity, with a network at first use"
     try:
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
         model = NoTrainInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
-    except (ModuleNotFoundError, OSError) as error:
-        raise ModuleNotFoundError(f"{needed} ({str(error).splitlines()[0]})") from error
+    except (ImportError, OSError) as error:  # the latter: its weights can't be had
+        needed = "pip install torch-fidelity torchvision, and a network for its weights at first use"
+        raise ModuleNotFoundError(f"features 'inception': {needed} ({str(error).strip().splitlines()[0]})") from error
 
     def call(x: Tensor) -> tuple[Tensor, Tensor]:
         pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

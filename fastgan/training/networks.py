@@ -50,6 +50,8 @@ class ConvGenerator(nn.Module):
         super().__init__()
         n = doublings(shape)
         self.label = nn.Embedding(classes, z_dim) if classes else None
+        if classes:
+            nn.init.normal_(self.label.weight, std=0.2)  # less than the latent: at 1, samples of a class come out alike
         channels = width * 2**n
         layers = [
             nn.Linear(z_dim * (2 if classes else 1), channels * 16, bias=False),
@@ -89,7 +91,10 @@ class ConvCritic(nn.Module):
         self.body = nn.Sequential(*layers, nn.Flatten())
         self.feature_count = channels * 16
         self.score = normalised(nn.Linear(self.feature_count, outputs))
-        self.label = normalised(nn.Embedding(classes, self.feature_count)) if classes else None
+        self.label = nn.Embedding(classes, self.feature_count) if classes else None
+        if classes:
+            nn.init.normal_(self.label.weight, std=0.02)
+            self.label = normalised(self.label)
 
     def features(self, x: Tensor) -> Tensor:
         """(B, feature_count)."""
@@ -137,7 +142,7 @@ class UpBlock(nn.Module):
 
 
 class ResGenerator(nn.Module):
-    """Latent to images in [-1, 1] by :class:`UpBlock` from 4x4. ``middle``: a factory of a layer over c channels at half size."""
+    """Latent to images in [-1, 1] by :class:`UpBlock` from 4x4. ``middle``: factory of a layer over c channels at half size."""
 
     def __init__(self, z_dim: int, shape: Shape, channels: int, classes: int = 0, spectral: bool = False, middle=None):
         super().__init__()
@@ -176,7 +181,7 @@ class DownBlock(nn.Module):
 
 class ResCritic(nn.Module):
     """Images to a score (B, 1) by :class:`DownBlock` to 4x4 and the sum over positions; a label enters by projection.
-    ``middle``: a factory of a layer over c channels at half size."""
+    ``middle``: factory of a layer over c channels at half size."""
 
     def __init__(self, shape: Shape, channels: int, classes: int = 0, middle=None):
         super().__init__()
