@@ -12,6 +12,8 @@ COMMANDS = {
     "demo": ("fastgan.demo", "train a small GAN with plain PyTorch and with fastgan, and compare"),
     "train": ("fastgan.training.command", "train one of the GANs of fastgan.recipes; train --list shows them"),
     "sample": ("fastgan.training.sample", "draw from a trained run"),
+    "eval": ("fastgan.training.evaluate", "how good a trained run's samples are: modes, FID, precision, recall, ..."),
+    "tune": ("fastgan.training.tune", "search for the options that train a recipe best"),
 }
 
 

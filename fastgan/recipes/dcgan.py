@@ -13,13 +13,16 @@ from fastgan.training.recipe import GAN, GANOptions
 
 @dataclass
 class Options(GANOptions):
+    width: int = 16
+    lr: float = 5e-4
     init: str = "normal"
 
 
 class Recipe(GAN):
     Options = Options
+    steps = 900
 
     def build(self):
-        o = self.options
-        critic = networks.ConvCritic(self.source.shape, o.width, norm=nn.BatchNorm2d)
-        return {"generator": networks.ConvGenerator(o.z_dim, self.source.shape, o.width), "critic": critic}
+        o, shape = self.options, self.source.shape
+        critic = networks.ConvCritic(shape, o.width, self.classes, norm=nn.BatchNorm2d)
+        return {"generator": networks.ConvGenerator(o.z_dim, shape, o.width, self.classes), "critic": critic}

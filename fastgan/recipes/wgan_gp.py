@@ -14,11 +14,13 @@ from fastgan.training.recipe import GAN, GANOptions
 class Options(GANOptions):
     loss: str = "wasserstein"
     gradient_penalty: float = 10.0
-    critic_updates: int = 5
+    critic_updates: int = 3
+    width: int = 16
+    lr: float = 1e-3
     beta1: float = 0.0
     beta2: float = 0.9
 
 
 class Recipe(GAN):
     Options = Options
-    steps = 600
+    steps = 450

@@ -2,7 +2,14 @@
 
 import importlib.util
 
-NEEDED = {"matplotlib": "matplotlib", "PIL": "pillow", "rich": "rich", "safetensors": "safetensors", "sklearn": "scikit-learn"}
+NEEDED = {
+    "matplotlib": "matplotlib",
+    "PIL": "pillow",
+    "rich": "rich",
+    "safetensors": "safetensors",
+    "sklearn": "scikit-learn",
+    "torchmetrics": "torchmetrics",
+}
 
 
 def missing_extras() -> list[str]:

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import fastgan
 
@@ -70,13 +71,13 @@ class ConvGenerator(nn.Module):
 
 
 class ConvCritic(nn.Module):
-    """Images to one score (B, 1): convolutions halve down to 4x4. A label enters by projection (Miyato, Koyama, 2018).
+    """Images to a score (B, 1): convolutions halve down to 4x4. A label enters by projection (Miyato, Koyama, 2018).
 
     ``norm``: a factory of a layer over c channels, after every convolution but the first. ``spectral``: all weights are
-    spectrally normalised. ``features`` gives what the score is linear in.
+    spectrally normalised. ``features`` gives what the score is linear in. ``outputs``: more numbers than one, for an encoder.
     """
 
-    def __init__(self, shape: Shape, width: int, classes: int = 0, norm=None, spectral: bool = False):
+    def __init__(self, shape: Shape, width: int, classes: int = 0, norm=None, spectral: bool = False, outputs: int = 1):
         super().__init__()
         normalised = fastgan.spectral_norm if spectral else lambda layer: layer
         channels = width
@@ -87,7 +88,7 @@ class ConvCritic(nn.Module):
             layers += [*([norm(channels)] if norm else []), nn.LeakyReLU(0.2)]
         self.body = nn.Sequential(*layers, nn.Flatten())
         self.feature_count = channels * 16
-        self.score = normalised(nn.Linear(self.feature_count, 1))
+        self.score = normalised(nn.Linear(self.feature_count, outputs))
         self.label = normalised(nn.Embedding(classes, self.feature_count)) if classes else None
 
     def features(self, x: Tensor) -> Tensor:
@@ -100,6 +101,97 @@ class ConvCritic(nn.Module):
         if self.label is not None:
             score = score + (self.label(label) * h).sum(1, keepdim=True) / math.sqrt(self.feature_count)
         return score
+
+
+class ConditionalBatchNorm(nn.Module):
+    """Batch norm whose gain and shift depend on the class (de Vries et al., 2017); the ordinary one without ``classes``."""
+
+    def __init__(self, channels: int, classes: int = 0):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=not classes)
+        self.label = nn.Embedding(classes, 2 * channels) if classes else None
+        if classes:
+            nn.init.zeros_(self.label.weight)
+
+    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        x = self.norm(x)
+        if self.label is None:
+            return x
+        gain, shift = self.label(label)[:, :, None, None].chunk(2, 1)
+        return x * (1 + gain) + shift
+
+
+class UpBlock(nn.Module):
+    """Residual block that doubles the side: batch norm, ReLU, 3x3 convolution, twice (Miyato et al., 2018)."""
+
+    def __init__(self, channels: int, classes: int, normalised):
+        super().__init__()
+        self.norms = nn.ModuleList(ConditionalBatchNorm(channels, classes) for _ in range(2))
+        self.convs = nn.ModuleList(normalised(nn.Conv2d(channels, channels, 3, padding=1)) for _ in range(2))
+        self.shortcut = normalised(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        h = functional.interpolate(functional.relu(self.norms[0](x, label)), scale_factor=2)
+        h = self.convs[1](functional.relu(self.norms[1](self.convs[0](h), label)))
+        return h + functional.interpolate(self.shortcut(x), scale_factor=2)  # after the 1x1 convolution: the same, cheaper
+
+
+class ResGenerator(nn.Module):
+    """Latent to images in [-1, 1] by :class:`UpBlock` from 4x4. ``middle``: a factory of a layer over c channels at half size."""
+
+    def __init__(self, z_dim: int, shape: Shape, channels: int, classes: int = 0, spectral: bool = False, middle=None):
+        super().__init__()
+        normalised = fastgan.spectral_norm if spectral else lambda layer: layer
+        self.start = nn.Sequential(normalised(nn.Linear(z_dim, channels * 16)), nn.Unflatten(1, (channels, 4, 4)))
+        self.blocks = nn.ModuleList(UpBlock(channels, classes, normalised) for _ in range(doublings(shape)))
+        self.middle = middle(channels) if middle else None
+        self.norm = nn.BatchNorm2d(channels)
+        self.image = normalised(nn.Conv2d(channels, shape[0], 3, padding=1))
+
+    def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+        h = self.start(z)
+        for i, block in enumerate(self.blocks):
+            if self.middle is not None and i == len(self.blocks) - 1:
+                h = self.middle(h)
+            h = block(h, label)
+        return self.image(functional.relu(self.norm(h))).tanh()
+
+
+class DownBlock(nn.Module):
+    """Residual block of two spectrally normalised convolutions; ``half`` halves the side. ``first``: of an image, no ReLU."""
+
+    def __init__(self, inputs: int, channels: int, half: bool, first: bool = False):
+        super().__init__()
+        self.first, self.half = first, half
+        sizes = (inputs, channels), (channels, channels)
+        self.convs = nn.ModuleList(fastgan.spectral_norm(nn.Conv2d(*size, 3, padding=1)) for size in sizes)
+        self.shortcut = fastgan.spectral_norm(nn.Conv2d(inputs, channels, 1)) if inputs != channels or half else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.convs[1](functional.relu(self.convs[0](x if self.first else functional.relu(x))))
+        if self.half:
+            h, x = functional.avg_pool2d(h, 2), functional.avg_pool2d(x, 2)
+        return h + self.shortcut(x)
+
+
+class ResCritic(nn.Module):
+    """Images to a score (B, 1) by :class:`DownBlock` to 4x4 and the sum over positions; a label enters by projection.
+    ``middle``: a factory of a layer over c channels at half size."""
+
+    def __init__(self, shape: Shape, channels: int, classes: int = 0, middle=None):
+        super().__init__()
+        n = doublings(shape)
+        blocks = [DownBlock(shape[0], channels, half=n > 0, first=True)]
+        blocks += [middle(channels)] if middle else []
+        blocks += [DownBlock(channels, channels, half=i < n) for i in range(1, n + 2)]
+        self.body = nn.Sequential(*blocks, nn.ReLU())
+        self.score = fastgan.spectral_norm(nn.Linear(channels, 1))
+        self.label = fastgan.spectral_norm(nn.Embedding(classes, channels)) if classes else None
+
+    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        h = self.body(x).sum((2, 3))
+        score = self.score(h)
+        return score if self.label is None else score + (self.label(label) * h).sum(1, keepdim=True)
 
 
 INITIALISERS = {
@@ -120,3 +212,23 @@ def initialise(module: nn.Module, how: str) -> None:
                 INITIALISERS[how](layer.weight if weight is None else weight.original)
                 if getattr(layer, "bias", None) is not None:
                     layer.bias.zero_()
+
+
+class JointCritic(nn.Module):
+    """(images, vectors (B, given)) to a score (B, 1): whether the two belong together is found by a perceptron over both."""
+
+    def __init__(self, shape: Shape, width: int, given: int):
+        super().__init__()
+        self.image = ConvCritic(shape, width)
+        self.image.score = None  # only its features are used
+        hidden = 8 * width
+        self.given = nn.Sequential(nn.Linear(given, hidden), nn.LeakyReLU(0.2))
+        self.both = nn.Sequential(nn.Linear(self.image.feature_count + hidden, hidden), nn.LeakyReLU(0.2))
+        self.score = nn.Linear(hidden, 1)
+
+    def features(self, x: Tensor, given: Tensor) -> Tensor:
+        """(B, 8 width): what the score is linear in."""
+        return self.both(torch.cat([self.image.features(x), self.given(given)], 1))
+
+    def forward(self, x: Tensor, given: Tensor) -> Tensor:
+        return self.score(self.features(x, given))

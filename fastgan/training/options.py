@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import inspect
+import re
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -73,6 +75,16 @@ def _convert(name: str, text: str, kind):
         return kind(text)
     except ValueError:
         raise ValueError(f"--set {name}={text}: expected {'a whole number' if kind is int else 'a number'}") from None
+
+
+def meanings(kind: type[Options]) -> dict[str, str]:
+    """The comment behind each option's declaration, "" where there is none; declared anew without one it keeps the first's."""
+    found = {}
+    for base in reversed(kind.__mro__):
+        if dataclasses.is_dataclass(base):
+            for name, comment in re.findall(r"^    (\w+): [^\n#]*?(?:#[ ]*([^\n]*))?$", inspect.getsource(base), re.MULTILINE):
+                found[name] = comment or found.get(name, "")
+    return {field.name: found[field.name] for field in dataclasses.fields(kind)}
 
 
 def describe(options: Options) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ import fastgan
 from fastgan import losses
 
 from . import networks
-from .data import Source
+from .data import Part, Source
 from .options import Options
 
 Batch = dict[str, Tensor]
@@ -45,6 +45,7 @@ class Recipe:
     steps = 1500
     batch_size = 64
     averaged: tuple[str, ...] = ("generator",)  # networks with an exponential moving average
+    held_out = 0.0  # this last share of the source is not trained on
     step = 0  # the trainer counts
     compile = False  # set by the trainer, as is the scaler
     scaler: torch.amp.GradScaler | None = None
@@ -73,16 +74,42 @@ class Recipe:
 
     #: metric -> what the recorded run reaches and a broken implementation does not; the least, or the most where less is better
     goals: ClassVar[dict[str, float]] = {}
+    features: str | None = None  # what images are compared by, of fastgan.training.features.CHOICES; None: by the data
 
     def evaluate(self, n: int = 2000) -> dict[str, float]:
         """Metrics by name, of ``n`` samples, by :func:`fastgan.training.metrics.evaluate`."""
         from . import metrics
 
-        return metrics.evaluate(self.sample, self.source, n)
+        return metrics.evaluate(self.sample, self.source, n, self.features, self.labels)
+
+    def labels(self, n: int) -> Tensor | None:
+        """(n,): the classes that ``sample(n)`` is asked for; None: it isn't."""
+        return None
+
+    def reference(self) -> dict[str, float]:
+        """What perfect samples would get, of those metrics for which that is known."""
+        from . import metrics
+
+        return metrics.reference(self.source, self.features)
 
     def show(self, batch: Batch, n: int) -> Tensor:
         """What the picture of samples holds: here samples; a translation shows its inputs too, (n, rows, C, H, W)."""
         return self.sample(n)
+
+    @property
+    def training_source(self) -> Source:
+        """What the trainer draws batches from."""
+        kept = len(self.source) - int(len(self.source) * self.held_out)
+        return Part(self.source, range(kept)) if self.held_out else self.source
+
+    def unseen(self, n: int, random: bool = False) -> Batch:
+        """At most ``n`` of the samples that are held out (of all, if none is), spread evenly over them, on the device.
+        ``random``: ``n`` of them as they are drawn, some perhaps twice."""
+        held = int(len(self.source) * self.held_out) or len(self.source)
+        first, n = len(self.source) - held, n if random else min(n, held)
+        rows = torch.randint(held, (n,)).tolist() if random else [i * held // n for i in range(n)]
+        batch = self.source.__getitems__([first + row for row in rows])
+        return {key: value.to(self.device) for key, value in batch.items()}
 
     @property
     def device(self) -> torch.device:
@@ -121,16 +148,18 @@ class GAN(Recipe):
     conditional = False  # networks take (x, label)
 
     def build(self) -> dict[str, nn.Module]:
-        o, shape, classes = self.options, self.source.shape, self.classes
+        o, shape = self.options, self.source.shape
         if len(shape) == 1:
-            return {
-                "generator": networks.Perceptron(o.z_dim, shape, 4 * o.width, classes),
-                "critic": networks.Perceptron(shape, 1, 4 * o.width, classes),
-            }
-        return {
-            "generator": networks.ConvGenerator(o.z_dim, shape, o.width, classes),
-            "critic": networks.ConvCritic(shape, o.width, classes),
-        }
+            generator = networks.Perceptron(o.z_dim, shape, 4 * o.width, self.classes)
+        else:
+            generator = networks.ConvGenerator(o.z_dim, shape, o.width, self.classes)
+        return {"generator": generator, "critic": self.network(shape, 1)}
+
+    def network(self, shape: networks.Shape, outputs: int) -> nn.Module:
+        """From samples to ``outputs`` numbers."""
+        if len(shape) == 1:
+            return networks.Perceptron(shape, outputs, 4 * self.options.width, self.classes)
+        return networks.ConvCritic(shape, self.options.width, self.classes, outputs=outputs)
 
     @property
     def classes(self) -> int:
@@ -151,23 +180,70 @@ class GAN(Recipe):
         """Further arguments of both networks."""
         return (batch["label"],) if self.conditional else ()
 
-    def critic_loss(self, batch: Batch) -> dict[str, Tensor]:
-        o, real, args = self.options, batch["image"], self.condition(batch)
-        with torch.no_grad():
-            fake = self.generator(self.latent(len(real)), *args)
+    @torch.no_grad()
+    def fake(self, batch: Batch) -> Tensor:
+        """As many samples as the batch has, of its classes; constants for the critic's turn."""
+        return self.generator(self.latent(len(batch["image"])), *self.condition(batch))
+
+    def penalties(self) -> dict[str, float]:
+        """Weights of those that are due at this step."""
+        o = self.options
         due = o.penalty_every if self.step % max(1, o.penalty_every) == 0 else 0
-        penalties = {"gradient_penalty": due * o.gradient_penalty, "r1": due * o.r1, "r2": due * o.r2}
-        return {"critic": self.critic_step(self.critic, real, fake, o.loss, real_args=args, fake_args=args, **penalties)}
+        return {"gradient_penalty": due * o.gradient_penalty, "r1": due * o.r1, "r2": due * o.r2}
+
+    def critic_loss(self, batch: Batch) -> dict[str, Tensor]:
+        real, args = batch["image"], self.condition(batch)
+        step = self.critic_step(
+            self.critic, real, self.fake(batch), self.options.loss, real_args=args, fake_args=args, **self.penalties()
+        )
+        return {"critic": step}
 
     def generator_loss(self, batch: Batch) -> dict[str, Tensor]:
-        real, args = batch["image"], self.condition(batch)
-        fake_scores = self.critic(self.generator(self.latent(len(real)), *args), *args)
-        real_scores = None
+        args = self.condition(batch)
+        fake = self.generator(self.latent(len(batch["image"])), *args)
+        return {"generator": self.deceive(fake, batch)}
+
+    def deceive(self, fake: Tensor, batch: Batch) -> Tensor:
+        """The loss of samples that the critic should take for real ones, those of the batch where the loss is relative to them."""
+        args, real_scores = self.condition(batch), None
         if self.options.loss.startswith("relativistic"):
             with torch.no_grad():
-                real_scores = self.critic(real, *args)
-        return {"generator": losses.generator(self.options.loss)(fake_scores, real_scores)}
+                real_scores = self.critic(batch["image"], *args)
+        return losses.generator(self.options.loss)(self.critic(fake, *args), real_scores)
+
+    def labels(self, n: int) -> Tensor | None:
+        """The classes that ``n`` samples are of: all in turn, where the generator is told of them."""
+        return torch.arange(n, device=self.device) % self.classes if self.conditional else None
+
+    def decode(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+        """The samples of latents (n, z_dim)."""
+        return self.generator(z) if label is None else self.generator(z, label)
 
     def sample(self, n: int) -> Tensor:
-        args = (torch.arange(n, device=self.device) % self.classes,) if self.conditional else ()
-        return self.generator(self.latent(n), *args)
+        return self.decode(self.latent(n), self.labels(n))
+
+    def write(self, text: str, n: int = 1) -> Tensor:
+        """(length, n, C, H, W): ``n`` lines of text, each character a sample of its class, and all of a line of one latent.
+
+        Where classes have longer names, words in place of characters. Spaces are black. Letters that are no class are
+        looked for in the other case. ValueError: what isn't known either way, or a recipe that is not conditional.
+        """
+        names = self.source.class_names if self.conditional else ()
+        if not names:
+            raise ValueError("only a conditional recipe of data with classes writes text")
+        single = all(len(name) == 1 for name in names)
+        pieces = [
+            next((p for p in (piece, piece.swapcase()) if p in names), piece) for piece in (text if single else text.split())
+        ]
+        if unknown := [piece for piece in pieces if piece not in names and not piece.isspace()]:
+            raise ValueError(f"text {text!r}: no class {unknown[0]!r}; known: {' '.join(names)}")
+        z, blank = self.latent(n), torch.full((n, *self.source.shape), -1.0, device=self.device)
+        labels = {piece: torch.full((n,), names.index(piece), device=self.device) for piece in pieces if piece in names}
+        return torch.stack([self.decode(z, labels[piece]) if piece in labels else blank for piece in pieces])
+
+    def show(self, batch: Batch, n: int) -> Tensor:
+        """Images of a conditional recipe: a column for each class."""
+        if not self.conditional or len(self.source.shape) == 1:
+            return self.sample(n)
+        rows = max(1, n // self.classes)
+        return self.sample(rows * self.classes).unflatten(0, (rows, self.classes)).transpose(0, 1)

@@ -76,7 +76,7 @@ class Trainer:
         self.autocast = (lambda: torch.autocast(self.device.type, half)) if amp else nullcontext
         recipe.scaler = self.scaler = torch.amp.GradScaler() if amp and half == torch.float16 else None
         recipe.compile, recipe.step = compile, 0
-        self.batches = Batches(source, batch_size, seed, processes.rank, processes.world, workers=workers)
+        self.batches = Batches(recipe.training_source, batch_size, seed, processes.rank, processes.world, workers=workers)
         self.losses: dict[str, Tensor] = {}
         self.values: dict[str, float] = {}  # the losses when they were last looked at
         torch.manual_seed(seed + processes.rank)  # from here on ranks draw different noise
@@ -292,7 +292,13 @@ class Trainer:
         self.losses = {name: torch.tensor(value, dtype=torch.float64) for name, value in state["losses"].items()}
         p = self.processes
         self.batches = Batches(
-            self.source, self.batch_size, self.seed, p.rank, p.world, start=state["batches"], workers=self.workers
+            self.recipe.training_source,
+            self.batch_size,
+            self.seed,
+            p.rank,
+            p.world,
+            start=state["batches"],
+            workers=self.workers,
         )
         own = {key.partition(".")[2]: value for key, value in tensors["training"].items() if key.startswith(f"rank{p.rank}.")}
         if own:

@@ -7,6 +7,7 @@ from pathlib import Path
 from .source import Absent as Absent
 from .source import Batches as Batches
 from .source import Domains as Domains
+from .source import Part as Part
 from .source import Source as Source
 
 #: name -> (module whose load(name, size) makes the source, what it is)

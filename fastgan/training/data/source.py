@@ -1,6 +1,6 @@
 """What a data source is, and the batches drawn from it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -56,6 +56,20 @@ class Domains(Source):
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
         image, other = (side.__getitems__([row % len(side) for row in rows])["image"] for side in (self.image, self.other))
         return {"image": image, "other": other}
+
+
+class Part(Source):
+    """Some rows of ``source``."""
+
+    def __init__(self, source: Source, rows: Sequence[int]):
+        self.source, self.rows = source, rows
+        self.name, self.shape, self.class_names = source.name, source.shape, source.class_names
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        return self.source.__getitems__([self.rows[row] for row in rows])
 
 
 class Absent(Source):

@@ -1,0 +1,34 @@
+"""SNGAN: every weight of the critic divided by its largest singular value; hinge loss, residual networks.
+
+The critic's weights are normalised in one call, :class:`fastgan.SpectralNormGroup`, with the numbers of layer by layer.
+
+Miyato et al., "Spectral normalization for generative adversarial networks", 2018.
+"""
+
+from dataclasses import dataclass
+
+import fastgan
+from fastgan.training import networks
+from fastgan.training.recipe import GAN, GANOptions
+
+
+@dataclass
+class Options(GANOptions):
+    loss: str = "hinge"
+    width: int = 16
+    lr: float = 1e-3
+    beta1: float = 0.0
+    beta2: float = 0.9
+    init: str = "xavier"
+
+
+class Recipe(GAN):
+    Options = Options
+    steps = 600
+
+    def build(self):
+        o, shape = self.options, self.source.shape
+        critic = networks.ResCritic(shape, o.width)
+        if o.fast:
+            fastgan.SpectralNormGroup(critic)
+        return {"generator": networks.ResGenerator(o.z_dim, shape, o.width), "critic": critic}
