@@ -180,12 +180,12 @@ def test_nothing_is_drawn_from_the_random_state(digits, monkeypatch):
     monkeypatch.setattr(features, "EPOCHS", 1)
     monkeypatch.setattr(features, "_trained", {})
     torch.manual_seed(5)
-    before = torch.get_rng_state()
+    before, seeded = torch.get_rng_state(), len(torch.cuda._queued_calls)  # seeds that CUDA is to get when it starts
     sample = lambda n: torch.randn(n, 1, 8, 8).tanh()  # noqa: E731
     first = metrics.evaluate(sample, digits, 60)
     metrics.reference(digits)
     metrics.note(digits)
-    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(before, torch.get_rng_state()) and seeded == len(torch.cuda._queued_calls)
     assert metrics.evaluate(sample, digits, 60) == first  # the same state draws the same samples
     features._trained.clear()
     torch.manual_seed(6)  # the classifier does not depend on it
@@ -239,7 +239,7 @@ def test_errors(digits):
         metrics.evaluate(lambda n: torch.zeros(n, 1, 8, 8), digits, 20, "vgg")
 
 
-@pytest.mark.skipif(bool(importlib.util.find_spec("torch_fidelity")), reason="torch-fidelity is installed")
+@pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is not None, reason="torch-fidelity is installed")
 def test_inception_says_what_to_install(digits):
     with pytest.raises(ModuleNotFoundError, match="pip install torch-fidelity"):
         metrics.evaluate(lambda n: torch.zeros(n, 1, 8, 8), digits, 20, "inception")
