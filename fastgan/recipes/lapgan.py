@@ -9,7 +9,7 @@ Denton et al., "Deep generative image models using a Laplacian pyramid of advers
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -57,6 +57,7 @@ class Detail(nn.Module):
 class Recipe(Base):
     Options = Options
     steps = 600
+    goals: ClassVar = {"fid": 10.0}
 
     def __init__(self, options, source):
         _, side, _ = needs_images(source)
