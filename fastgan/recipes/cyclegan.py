@@ -93,7 +93,7 @@ class Recipe(Translation):
     data = "drawings"
     averaged = ("generator", "inverse")
     steps = 500
-    goals: ClassVar = {"cycle_psnr": 20.0, "ssim": 0.3}
+    goals: ClassVar = {"cycle_psnr": 14.0, "ssim": 0.3}
     batch_size = 4
 
     def build(self):

@@ -32,7 +32,7 @@ class Options(BaseOptions):
     blocks: int = 4
     content: Literal["pixels", "features"] = "pixels"
     content_weight: float = 1.0
-    adversarial: float = 0.01  # weight of the critic's opinion
+    adversarial: float = 0.003  # weight of the critic's opinion
     loss: Literal[losses.names()] = "relativistic_average"
 
 
