@@ -9,7 +9,7 @@ Denton et al., "Deep generative image models using a Laplacian pyramid of advers
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from fastgan.training.translation import PatchCritic, needs_images
 class Options(BaseOptions):
     width: int = 16
     lr: float = 5e-4
-    base: int = 4  # side of the coarsest image
+    base: int = 8  # side of the coarsest image
     loss: Literal[losses.names()] = "non_saturating"
 
 
@@ -57,6 +57,7 @@ class Detail(nn.Module):
 class Recipe(Base):
     Options = Options
     steps = 600
+    goals: ClassVar = {"fid": 10.0}
 
     def __init__(self, options, source):
         _, side, _ = needs_images(source)
@@ -75,8 +76,8 @@ class Recipe(Base):
         o, channels = self.options, self.source.shape[0]
         shape = (channels, o.base, o.base)
         built = {
-            f"generator{o.base}": networks.Perceptron(o.z_dim, shape, 8 * o.width),
-            f"critic{o.base}": networks.Perceptron(shape, 1, 8 * o.width),
+            f"generator{o.base}": networks.ConvGenerator(o.z_dim, shape, 4 * o.width),
+            f"critic{o.base}": networks.ConvCritic(shape, 4 * o.width),
         }
         for side in self.sides[1:]:
             built[f"generator{side}"] = Detail(channels, 2 * o.width)
@@ -100,7 +101,7 @@ class Recipe(Base):
     def draw(self, side, n, args):
         generator = self.networks[f"generator{side}"]
         if not args:
-            return generator(self.latent(n)).tanh()
+            return generator(self.latent(n))
         return generator(*args, torch.randn(n, 1, side, side, device=self.device))
 
     def critic_loss(self, side, batch):

@@ -9,7 +9,7 @@ Isola et al., "Image-to-image translation with conditional adversarial networks"
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -33,6 +33,7 @@ class Options(BaseOptions):
 class Recipe(Translation):
     Options = Options
     steps = 600
+    goals: ClassVar = {"psnr_gain": 4.0}
 
     def build(self):
         channels, side, _ = needs_images(self.source)

@@ -10,7 +10,7 @@ Ledig et al., "Photo-realistic single image super-resolution using a generative 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -26,12 +26,13 @@ from fastgan.training.translation import PatchCritic, Residual, Translation, nee
 @dataclass
 class Options(BaseOptions):
     width: int = 16
-    lr: float = 5e-4
+    lr: float = 1e-3
+    lr_decay: float = 0.5
     scale: Literal[2, 4] = 2
     blocks: int = 4
     content: Literal["pixels", "features"] = "pixels"
     content_weight: float = 1.0
-    adversarial: float = 0.01  # weight of the critic's opinion
+    adversarial: float = 0.003  # weight of the critic's opinion
     loss: Literal[losses.names()] = "relativistic_average"
 
 
@@ -52,7 +53,8 @@ class Generator(nn.Module):
         self.last = nn.Sequential(
             *(layer for layers in doublings for layer in layers), nn.Conv2d(width, channels, 3, padding=1)
         )
-        nn.init.zeros_(self.last[-1].bias)
+        for parameter in self.last[-1].parameters():  # at first the bicubic image
+            nn.init.zeros_(parameter)
 
     def forward(self, x):
         h = self.first(x)
@@ -61,7 +63,8 @@ class Generator(nn.Module):
 
 class Recipe(Translation):
     Options = Options
-    steps = 600
+    steps = 1200
+    goals: ClassVar = {"psnr_gain": -0.2, "detail": 0.4}
 
     def build(self):
         (channels, side, _), o = needs_images(self.source), self.options

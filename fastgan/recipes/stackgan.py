@@ -9,7 +9,7 @@ Zhang et al., "StackGAN: Text to photo-realistic image synthesis with stacked ge
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -96,6 +96,7 @@ class Critic(nn.Module):
 class Recipe(Base):
     Options = Options
     steps = 800
+    goals: ClassVar = {"caption_accuracy": 0.6, "fid": 5.0}
     averaged = ("coarse", "fine")
 
     def __init__(self, options, source):
