@@ -22,4 +22,4 @@ class Recipe(GAN):
     Options = Options
     conditional = True
     steps = 800
-    goals: ClassVar = {"classes": 10, "fid": 6, "recall": 0.3, "accuracy": 0.8}
+    goals: ClassVar = {"classes": 10, "fid": 3, "recall": 0.3, "accuracy": 0.8}

@@ -31,6 +31,7 @@ class Recipe(GAN):
 
     def build(self):
         o, shape = self.options, self.source.shape
-        generator = networks.Perceptron(o.z_dim, shape, 4 * o.width)
-        bounded = nn.Sequential(generator, nn.Tanh()) if len(shape) == 3 else generator
-        return {"generator": bounded, "critic": networks.Perceptron(shape, 1, 4 * o.width)}
+        if len(shape) == 1:
+            return super().build()
+        generator = nn.Sequential(networks.Perceptron(o.z_dim, shape, 4 * o.width), nn.Tanh())
+        return {"generator": generator, "critic": networks.Perceptron(shape, 1, 4 * o.width, dropout=0.3)}

@@ -21,9 +21,10 @@ def doublings(shape: Shape, smallest: int = 4) -> int:
 
 
 class Perceptron(nn.Module):
-    """Three hidden layers from ``inputs`` to ``outputs``, numbers or shapes. A label of ``classes`` is embedded."""
+    """Three hidden layers from ``inputs`` to ``outputs``, numbers or shapes. A label of ``classes`` is embedded.
+    ``dropout``: probability of a hidden unit to be left out."""
 
-    def __init__(self, inputs: int | Shape, outputs: int | Shape, hidden: int, classes: int = 0):
+    def __init__(self, inputs: int | Shape, outputs: int | Shape, hidden: int, classes: int = 0, dropout: float = 0.0):
         super().__init__()
         self.outputs = (outputs,) if isinstance(outputs, int) else tuple(outputs)
         features = inputs if isinstance(inputs, int) else math.prod(inputs)
@@ -31,7 +32,7 @@ class Perceptron(nn.Module):
         features += hidden // 4 if classes else 0
         layers = []
         for _ in range(3):
-            layers += [nn.Linear(features, hidden), nn.LeakyReLU(0.2)]
+            layers += [nn.Linear(features, hidden), nn.LeakyReLU(0.2), *([nn.Dropout(dropout)] if dropout else [])]
             features = hidden
         self.body = nn.Sequential(*layers, nn.Linear(hidden, math.prod(self.outputs)))
 
