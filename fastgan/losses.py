@@ -1,8 +1,9 @@
 """Adversarial losses: the critic's side ``name(real_scores, fake_scores)`` and the generator's side
-``name_generator(fake_scores, real_scores=None)``.
+``name_generator(fake_scores, real_scores=None)``. And the losses that stand beside them: ``auxiliary``,
+``reconstruction``, ``cycle``, ``identity``, ``kl``.
 
-Every function takes scores of any shape and averages over all their elements; a list or tuple of score tensors (a
-multi-scale critic) gives the sum over the tensors. float16 and bfloat16 scores are reduced in float32. The result is a
+Every adversarial loss takes scores of any shape and averages over all their elements; a list or tuple of score tensors (a
+multi-scale critic) gives the sum over the tensors. float16 and bfloat16 are reduced in float32. The result is a
 scalar, differentiable to any order.
 """
 
@@ -18,10 +19,14 @@ from fastgan._dtypes import accumulate_dtype
 
 __all__ = [
     "CriticLoss",
+    "auxiliary",
+    "cycle",
     "generator",
     "get",
     "hinge",
     "hinge_generator",
+    "identity",
+    "kl",
     "least_squares",
     "least_squares_generator",
     "minimax",
@@ -29,6 +34,7 @@ __all__ = [
     "names",
     "non_saturating",
     "non_saturating_generator",
+    "reconstruction",
     "relativistic",
     "relativistic_average",
     "relativistic_average_generator",
@@ -192,6 +198,88 @@ def relativistic_average(real_scores, fake_scores):
 def relativistic_average_generator(fake_scores, real_scores=None):
     """:func:`relativistic_average` with the roles exchanged. Raises ValueError without ``real_scores``."""
     return relativistic_average(fake_scores, _need_real("relativistic_average_generator", real_scores))
+
+
+# --- beside the game -------------------------------------------------------------------------------------------------
+
+
+def auxiliary(logits, label):
+    """Cross entropy of a classifier that the critic is as well: mean over the batch of -log softmax(logits)[label].
+
+    ``logits``: (B, classes), floating point. ``label``: (B,), int64. Other shapes raise ValueError, other types TypeError.
+    Odena, Olah, Shlens, "Conditional image synthesis with auxiliary classifier GANs", 2017.
+    """
+    _floating("logits", logits)
+    if logits.dim() != 2:
+        raise ValueError(f"logits must have the shape (B, classes), got {tuple(logits.shape)}")
+    if label.shape != logits.shape[:1]:
+        raise ValueError(f"label must have the shape ({logits.shape[0]},), one a row of logits, got {tuple(label.shape)}")
+    if label.dtype != torch.int64:
+        raise TypeError(f"label must be int64, numbers of classes, got {label.dtype}; label.long() converts")
+    return F.cross_entropy(logits.to(accumulate_dtype(logits.dtype)), label)
+
+
+def reconstruction(output, target, kind="l1"):
+    """How far ``output`` is from ``target``, averaged over all elements; both of one shape, any.
+
+    ``kind``: "l1", the mean of |d| (Isola et al., "Image-to-image translation with conditional adversarial networks", 2017);
+    "l2", of d^2; "charbonnier", of sqrt(d^2 + 1e-6), smooth at 0 (Charbonnier et al., "Two deterministic half-quadratic
+    regularization algorithms for computed imaging", 1994; Lai et al., 2017, for images).
+    Raises ValueError for different shapes (nothing is broadcast) or another kind, TypeError for what isn't floating point.
+    """
+    _floating("output", output)
+    _floating("target", target)
+    if output.shape != target.shape:
+        raise ValueError(f"output and target must have one shape, got {tuple(output.shape)} and {tuple(target.shape)}")
+    difference = output.to(accumulate_dtype(output.dtype)) - target.to(accumulate_dtype(target.dtype))
+    if kind == "l1":
+        return difference.abs().mean()
+    if kind == "l2":
+        return difference.square().mean()
+    if kind == "charbonnier":
+        return (difference.square() + 1e-6).sqrt().mean()
+    raise ValueError(f'kind must be "l1", "l2" or "charbonnier", got {kind!r}')
+
+
+def cycle(returned, original):
+    """mean |F(G(x)) - x|: what went to the other domain and came back against what it was; both (B, ...) of one shape.
+
+    Raises as :func:`reconstruction` does. Zhu et al., "Unpaired image-to-image translation using cycle-consistent adversarial
+    networks", 2017, equation 2 (one of its two directions).
+    """
+    return reconstruction(returned, original)
+
+
+def identity(output, original):
+    """mean |G(y) - y| for y that is in G's own target domain, which G ought to leave as it is; both (B, ...) of one shape.
+
+    Raises as :func:`reconstruction` does. Taigman, Polyak, Wolf, "Unsupervised cross-domain image generation", 2017;
+    Zhu et al., 2017, section 5.2.
+    """
+    return reconstruction(output, original)
+
+
+def kl(mean, log_variance):
+    """KL divergence of N(mean, exp(log_variance)), diagonal, from N(0, I): 1/2 sum_d (mean^2 + exp(lv) - 1 - lv), summed over
+    all dimensions but the first and averaged over that, the batch.
+
+    ``mean``, ``log_variance``: (B, ...) of one shape. Raises ValueError for different shapes, TypeError for what isn't floating
+    point. Kingma, Welling, "Auto-encoding variational Bayes", 2014, appendix B.
+    """
+    _floating("mean", mean)
+    _floating("log_variance", log_variance)
+    if mean.shape != log_variance.shape or not mean.dim():
+        raise ValueError(
+            f"mean and log_variance must have one shape (B, ...), got {tuple(mean.shape)} and {tuple(log_variance.shape)}"
+        )
+    mean, log_variance = (t.to(accumulate_dtype(t.dtype)) for t in (mean, log_variance))
+    # expm1(lv) - lv: exact near lv = 0, where training keeps it
+    return 0.5 * (mean.square() + log_variance.expm1() - log_variance).sum() / len(mean)
+
+
+def _floating(name, value):
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {getattr(value, 'dtype', type(value).__name__)}")
 
 
 # --- what the critic step needs to know about a loss -----------------------------------------------------------------

@@ -87,3 +87,85 @@ def test_errors_say_what_to_do():
     with pytest.raises(TypeError, match="scores"):
         losses.wasserstein({"a": real}, fake)
     assert losses.get(losses.hinge) is losses.get("hinge")
+
+
+# --- beside the game -------------------------------------------------------------------------------------------------
+
+
+def two(*shape, dtype=torch.float64):
+    g = torch.Generator().manual_seed(1)
+    return [torch.randn(*shape, generator=g, dtype=dtype, requires_grad=True) for _ in range(2)]
+
+
+PAIRS = {
+    "l1": (lambda a, b: losses.reconstruction(a, b), lambda a, b: (a - b).abs().sum() / a.numel()),
+    "l2": (lambda a, b: losses.reconstruction(a, b, "l2"), lambda a, b: (a - b).pow(2).sum() / a.numel()),
+    "charbonnier": (
+        lambda a, b: losses.reconstruction(a, b, "charbonnier"),
+        lambda a, b: torch.sqrt((a - b) ** 2 + 1e-6).sum() / a.numel(),
+    ),
+    "cycle": (losses.cycle, lambda a, b: (a - b).abs().sum() / a.numel()),
+    "identity": (losses.identity, lambda a, b: (a - b).abs().sum() / a.numel()),
+    "kl": (
+        losses.kl,
+        lambda m, lv: (
+            sum(
+                torch.distributions.kl_divergence(
+                    torch.distributions.Normal(m[i], (lv[i] / 2).exp()), torch.distributions.Normal(0.0, 1.0)
+                ).sum()
+                for i in range(len(m))
+            )
+            / len(m)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_losses_of_pairs_match_the_textbook(name):
+    ours, textbook = PAIRS[name]
+    for shape in ((5, 3), (1, 2, 3, 3), (4,)):
+        a, b = two(*shape)
+        torch.testing.assert_close(ours(a, b), textbook(a, b))
+    assert torch.autograd.gradcheck(ours, two(3, 2)) and torch.autograd.gradgradcheck(ours, two(3, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", PAIRS)
+def test_losses_of_half_precision_pairs_are_reduced_in_float32(name, dtype):
+    a, b = (t.detach().to(dtype) for t in two(64, 300))
+    value = PAIRS[name][0](a, b)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), PAIRS[name][1](a.double(), b.double()), rtol=1e-6, atol=0)
+
+
+def test_kl_keeps_its_digits_near_the_prior():
+    value = losses.kl(torch.zeros(2, 3), torch.full((2, 3), 1e-4))  # 1/2 sum of lv^2 / 2, to this order
+    torch.testing.assert_close(value, torch.tensor(3 * 1e-8 / 4), rtol=1e-2, atol=0)
+
+
+def test_auxiliary_is_cross_entropy():
+    logits, label = two(5, 4)[0], torch.tensor([0, 3, 1, 1, 2])
+    expected = -sum((logits[i].exp() / logits[i].exp().sum()).log()[label[i]] for i in range(5)) / 5
+    torch.testing.assert_close(losses.auxiliary(logits, label), expected)
+    assert torch.autograd.gradcheck(lambda x: losses.auxiliary(x, label), logits)
+    assert losses.auxiliary(logits.half(), label).dtype == torch.float32
+
+
+def test_errors_of_the_losses_beside_the_game():
+    a, b = two(5, 4)
+    for function in (losses.reconstruction, losses.cycle, losses.identity, losses.kl):
+        with pytest.raises(ValueError, match="one shape"):
+            function(a, b[:1])
+        with pytest.raises(TypeError, match="floating-point"):
+            function(a, torch.zeros(5, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="charbonnier"):
+        losses.reconstruction(a, b, "huber")
+    with pytest.raises(ValueError, match="classes"):
+        losses.auxiliary(a[0], torch.tensor(0))
+    with pytest.raises(ValueError, match="one a row"):
+        losses.auxiliary(a, torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(TypeError, match="int64"):
+        losses.auxiliary(a, torch.zeros(5))
+    with pytest.raises(TypeError, match="logits"):
+        losses.auxiliary([1.0], torch.zeros(1, dtype=torch.int64))

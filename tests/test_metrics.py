@@ -55,7 +55,7 @@ def test_kid_of_few():
 
 def test_inception_score():
     assert metrics.inception_score(torch.randn(1, 7).expand(200, 7)) == pytest.approx(1, abs=1e-6)
-    sure = torch.nn.functional.one_hot(torch.arange(8000) % 4, 4) * 2000.0  # probabilities that are 0 in float32
+    sure = torch.nn.functional.one_hot(torch.arange(8000) % 4, 5) * 2000.0  # and a class that none has
     assert 3.98 < metrics.inception_score(sure) <= 4
     unsure = torch.tensor([[0.0, math.log(3)], [math.log(3), 0.0]]).repeat(2000, 1)  # 1/4 and 3/4
     assert metrics.inception_score(unsure) == pytest.approx(math.exp(0.25 * math.log(0.5) + 0.75 * math.log(1.5)), rel=1e-2)
@@ -180,12 +180,12 @@ def test_nothing_is_drawn_from_the_random_state(digits, monkeypatch):
     monkeypatch.setattr(features, "EPOCHS", 1)
     monkeypatch.setattr(features, "_trained", {})
     torch.manual_seed(5)
-    before = torch.get_rng_state()
+    before, seeded = torch.get_rng_state(), len(torch.cuda._queued_calls)  # seeds that CUDA is to get when it starts
     sample = lambda n: torch.randn(n, 1, 8, 8).tanh()  # noqa: E731
     first = metrics.evaluate(sample, digits, 60)
     metrics.reference(digits)
     metrics.note(digits)
-    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(before, torch.get_rng_state()) and seeded == len(torch.cuda._queued_calls)
     assert metrics.evaluate(sample, digits, 60) == first  # the same state draws the same samples
     features._trained.clear()
     torch.manual_seed(6)  # the classifier does not depend on it
@@ -196,14 +196,15 @@ def test_nothing_is_drawn_from_the_random_state(digits, monkeypatch):
     assert metrics.evaluate(sample, digits, 60) != first
 
 
-def test_a_classifier_is_trained_once_and_tested_on_what_it_has_not_seen(digits):
+def test_a_classifier_is_trained_once_and_tested_on_what_it_has_not_seen(digits, monkeypatch):
     images, labels = digits.tensors["image"], digits.tensors["label"]
     found = features.extractor(None, images, labels)
     assert found is features.extractor("classifier", images.clone(), labels)
     assert found.accuracy > 0.95 and f"{found.accuracy:.3f}" in found.note and "not comparable" in found.note
     assert found.classes == 10
-    guessed = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))][:600]
-    assert features.extractor(None, images[:600], guessed).accuracy < 0.25
+    monkeypatch.setattr(features, "EPOCHS", 150)
+    guessed = torch.randint(10, (100,), generator=torch.Generator().manual_seed(0))  # can be learnt by heart only
+    assert features.extractor(None, images[:100], guessed).accuracy < 0.5
 
 
 @pytest.mark.parametrize("name", ["classifier", "random"])
@@ -238,7 +239,7 @@ def test_errors(digits):
         metrics.evaluate(lambda n: torch.zeros(n, 1, 8, 8), digits, 20, "vgg")
 
 
-@pytest.mark.skipif(bool(importlib.util.find_spec("torch_fidelity")), reason="torch-fidelity is installed")
+@pytest.mark.skipif(importlib.util.find_spec("torch_fidelity") is not None, reason="torch-fidelity is installed")
 def test_inception_says_what_to_install(digits):
     with pytest.raises(ModuleNotFoundError, match="pip install torch-fidelity"):
         metrics.evaluate(lambda n: torch.zeros(n, 1, 8, 8), digits, 20, "inception")

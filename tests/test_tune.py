@@ -65,6 +65,30 @@ def test_default_space():
     assert [axis.name for axis in plain] == ["lr", "lr_critic", "r1"] and plain[1].low == pytest.approx(8e-5)
 
 
+@pytest.mark.parametrize("name", recipes.names())
+def test_default_spaces_hold_what_the_recipes_take(name):
+    kind = recipes.get(name).Options
+    axes = space.default_space(kind())
+    assert {"lr", "lr_critic"} <= {axis.name for axis in axes}
+    for axis in axes:
+        for value in axis.points(2):
+            options.parse(kind, [f"{axis.name}={value}"])
+        assert axis.choices or axis.low < (getattr(kind(), axis.name) or kind().lr) < axis.high
+
+
+def test_default_metric(monkeypatch):
+    kind, ring, digits = recipes.get("gan"), data.load("ring", 0), data.load("digits", 8)
+    assert (tune.default_metric(kind, ring), tune.default_metric(kind, digits)) == ("energy_distance", "fid")
+    monkeypatch.setattr(kind, "evaluate", lambda self, n: {})
+    monkeypatch.setattr(kind, "goals", {})
+    with pytest.raises(ValueError, match="--metric: expected"):
+        tune.default_metric(kind, digits)
+    monkeypatch.setattr(kind, "goals", {"psnr": 20, "ssim": 0.5})
+    assert tune.default_metric(kind, digits) == "psnr"
+    monkeypatch.setattr(kind, "goals", {"psnr": 20, "fid": 0.5})
+    assert tune.default_metric(kind, digits) == "fid"
+
+
 def test_points_of_a_grid():
     assert space.Range("x", 1, 100, log=True).points(3) == pytest.approx([1, 10, 100])
     assert space.Range("x", 0, 1).points(5) == [0, 0.25, 0.5, 0.75, 1]
@@ -190,12 +214,13 @@ def test_nothing_was_trained(tmp_path, capsys):
 # --- measuring on the way -------------------------------------------------------------------------------------------
 
 
-def test_measuring_changes_nothing():
-    source = data.load("ring", 0)
+def test_measuring_changes_nothing(monkeypatch):
+    kind, source = recipes.get("dcgan"), data.load("digits", 8)  # batch norm tells training from evaluation
+    monkeypatch.setattr(kind, "features", "random")
 
     def parameters(measure):
-        trainer = Trainer(recipes.get("gan"), GAN(width=2), source, batch_size=16, steps=6)
-        trainer.run(after_step=lambda t: measure and tune.measured(t, 20, "modes"))
+        trainer = Trainer(kind, kind.Options(width=2), source, batch_size=16, steps=6)
+        trainer.run(after_step=lambda t: measure and tune.measured(t, 20, "fid"))
         return torch.cat([p.flatten() for module in trainer.raw.values() for p in module.parameters()])
 
     assert torch.equal(parameters(True), parameters(False))

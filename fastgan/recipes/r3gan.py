@@ -106,6 +106,6 @@ class Recipe(GAN):
             "critic": Critic(shape, o.width, o.blocks, o.groups),
         }
 
-    def sample(self, n):
-        samples = super().sample(n)
+    def decode(self, z, label=None):
+        samples = super().decode(z, label)
         return samples if len(self.source.shape) == 1 else samples.clamp(-1, 1)

@@ -209,8 +209,8 @@ class Recipe(GAN):
             terms["path_length"] = fastgan.path_length_penalty(self.synthesis, styles, weight=weight, mean=mean)
         return terms
 
-    def sample(self, n):
-        o, mean = self.options, self.mapping.mean
-        style = mean + o.truncation * (self.mapping(self.latent(n)) - mean)
+    def decode(self, z, label=None):
+        mean = self.mapping.mean
+        style = mean + self.options.truncation * (self.mapping(z) - mean)
         images = self.synthesis(style[:, None].expand(-1, len(self.synthesis.convs), -1))
         return images.clamp(-1, 1)

@@ -4,6 +4,7 @@ import importlib.util
 
 NEEDED = {
     "matplotlib": "matplotlib",
+    "PIL": "pillow",
     "rich": "rich",
     "safetensors": "safetensors",
     "sklearn": "scikit-learn",

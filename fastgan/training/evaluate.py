@@ -44,15 +44,15 @@ def measured(folder: Path, n: int, features: str | None = None, seed: int = 0, d
     import torch
 
     from fastgan.training import checkpoint, metrics, run
-    from fastgan.training.recipe import Recipe
 
     recipe, config = run.load(folder, run.device(device))
     own = config["data"] == recipe.data and config["size"] == recipe.size and features in (None, recipe.features)
     recipe.features = features or recipe.features
-    usual = type(recipe).evaluate is Recipe.evaluate  # a recipe that measures otherwise has no other reference
     torch.manual_seed(seed)
     with torch.no_grad():
         values = recipe.evaluate(n)
+        distributions = not values.keys().isdisjoint(("fid", "energy_distance"))  # or only pairs are compared
+        reference = recipe.reference() if distributions else {}
     goals = dict(recipe.goals) if own else {}
     return {
         "recipe": config["recipe"],
@@ -60,9 +60,9 @@ def measured(folder: Path, n: int, features: str | None = None, seed: int = 0, d
         "step": checkpoint.load(checkpoint.found(folder / "checkpoints")[-1])[1]["step"],
         "samples": n,
         "seed": seed,
-        "features": metrics.note(recipe.source, recipe.features) if usual else "",
+        "features": metrics.note(recipe.source, recipe.features) if distributions else "",
         "metrics": values,
-        "reference": metrics.reference(recipe.source, recipe.features) if usual else {},
+        "reference": {name: value for name, value in reference.items() if name in values},
         "goals": goals,
         "met": {name: name in values and metrics.better(name, values[name], goal) for name, goal in goals.items()},
     }

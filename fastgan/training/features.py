@@ -85,8 +85,8 @@ def _classifier(images: Tensor, labels: Tensor) -> Extractor:
     images, labels = images.detach().float().cpu(), labels.cpu()
     key = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
     if key not in _trained:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(0)
+        with torch.random.fork_rng(()), torch.enable_grad():
+            torch.default_generator.manual_seed(0)  # the CPU's alone
             _trained[key] = _train(images, labels)
     return _trained[key]
 
@@ -149,8 +149,8 @@ class _Random(nn.Module):
 
 def _random(images: Tensor) -> Extractor:
     images = images.detach().float().cpu()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with torch.random.fork_rng(()):
+        torch.default_generator.manual_seed(0)
         model = _Random(images.shape[1]).requires_grad_(False)
     return Extractor("random", f"a fixed random network; {NOT_COMPARABLE}", _scaled(model, images))
 
@@ -159,13 +159,13 @@ def _random(images: Tensor) -> Extractor:
 
 
 def _inception() -> Extractor:
-    from torchmetrics.image.fid import NoTrainInceptionV3
-
-    needed = "features 'inception' need torch-fidelity and its weights: pip install torch-fidelity, with a network at first use"
     try:
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
         model = NoTrainInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
-    except (ModuleNotFoundError, OSError) as error:
-        raise ModuleNotFoundError(f"{needed} ({str(error).splitlines()[0]})") from error
+    except (ImportError, OSError) as error:  # the latter: its weights can't be had
+        needed = "pip install torch-fidelity torchvision, and a network for its weights at first use"
+        raise ModuleNotFoundError(f"features 'inception': {needed} ({str(error).strip().splitlines()[0]})") from error
 
     def call(x: Tensor) -> tuple[Tensor, Tensor]:
         pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

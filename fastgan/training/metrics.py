@@ -103,8 +103,7 @@ def paired(output: Tensor, target: Tensor) -> dict[str, float]:
 
 
 def _random_state_kept():
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    return torch.random.fork_rng(devices)
+    return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ())
 
 
 def _real(source: Source) -> tuple[Tensor, Tensor | None]:
@@ -185,8 +184,8 @@ def kid(real: Tensor, fake: Tensor) -> float:
 
     size = min(500, len(real), len(fake))
     pairs = [(real.double(), True), (fake.double(), False)]
-    with torch.random.fork_rng(devices=[]):  # it draws on the CPU
-        torch.manual_seed(0)
+    with torch.random.fork_rng(()):  # it draws on the CPU
+        torch.default_generator.manual_seed(0)
         return float(_value(KernelInceptionDistance, pairs, feature=_given(real), subsets=20, subset_size=size)[0])
 
 
@@ -194,10 +193,11 @@ def inception_score(logits: Tensor) -> float:
     """exp(mean KL(p(y | x), p(y))) of logits (N, classes), the mean of ten parts: 1 at worst, the number of classes at best."""
     from torchmetrics.image.inception import InceptionScore
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        # in float64: a class that no sample has is 0 * log 0 in float32
-        return float(_value(InceptionScore, [(logits.double(),)], feature=_given(logits))[0])
+    logits = logits.double()
+    logits = (logits - logits.amax(1, keepdim=True)).clamp_min(-700)  # else a class that no sample has is 0 * log 0
+    with torch.random.fork_rng(()):
+        torch.default_generator.manual_seed(0)
+        return float(_value(InceptionScore, [(logits,)], feature=_given(logits))[0])
 
 
 def neighbourhoods(real: Tensor, fake: Tensor) -> dict[str, float]:

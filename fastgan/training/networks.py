@@ -218,3 +218,23 @@ def initialise(module: nn.Module, how: str) -> None:
                 INITIALISERS[how](layer.weight if weight is None else weight.original)
                 if getattr(layer, "bias", None) is not None:
                     layer.bias.zero_()
+
+
+class JointCritic(nn.Module):
+    """(images, vectors (B, given)) to a score (B, 1): whether the two belong together is found by a perceptron over both."""
+
+    def __init__(self, shape: Shape, width: int, given: int):
+        super().__init__()
+        self.image = ConvCritic(shape, width)
+        self.image.score = None  # only its features are used
+        hidden = 8 * width
+        self.given = nn.Sequential(nn.Linear(given, hidden), nn.LeakyReLU(0.2))
+        self.both = nn.Sequential(nn.Linear(self.image.feature_count + hidden, hidden), nn.LeakyReLU(0.2))
+        self.score = nn.Linear(hidden, 1)
+
+    def features(self, x: Tensor, given: Tensor) -> Tensor:
+        """(B, 8 width): what the score is linear in."""
+        return self.both(torch.cat([self.image.features(x), self.given(given)], 1))
+
+    def forward(self, x: Tensor, given: Tensor) -> Tensor:
+        return self.score(self.features(x, given))

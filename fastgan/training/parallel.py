@@ -1,13 +1,17 @@
-"""Several processes, one per device, as ``torchrun`` starts them."""
+"""Several processes, one per device, as ``torchrun`` starts them.
+
+``ddp``: every process has all networks, and the gradients of a player are averaged between backward and its optimizer's step,
+in one transfer. That asks nothing of how a loss calls its networks: several times, in part, by other methods than forward, with
+derivatives of derivatives. ``fsdp``: networks that no critic's player trains are sharded by PyTorch's ``fully_shard``, with
+their gradients, optimizer states and averages; critics stay whole, because sharded ones can't be differentiated twice.
+"""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
-
-from .checkpoint import pack_modules
 
 
 @dataclass(frozen=True)
@@ -16,16 +20,61 @@ class Processes:
 
     rank: int = 0
     world: int = 1
+    mode: str = "ddp"
+    device: str = "cpu"  # its type
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """``module`` for its own player's turn: backward averages its gradients over all processes."""
-        if self.world == 1 or not any(p.requires_grad for p in module.parameters()):
-            return module
-        return DistributedDataParallel(module, broadcast_buffers=False)
+    def shard(self, module: nn.Module) -> None:
+        """Under fsdp ``module`` keeps only this process's part of its parameters, between forward and backward passes."""
+        if self.mode != "fsdp" or next(module.parameters(), None) is None:
+            return
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):  # no forward to hook into
+            for part in module.children():
+                self.shard(part)
+            return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
 
-    def whole(self, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
-        """All parameters and buffers, by ``network.key``."""
-        return pack_modules(modules)
+        # resharded after a forward without backward, too, which averages and the critics' turns are full of
+        fully_shard(module, mesh=init_device_mesh(self.device, (self.world,)), reshard_after_forward=True)
+
+    @torch.no_grad()
+    def average(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Gradients become their means over all processes. Where only some processes have one, the others count as zero."""
+        if self.world == 1:
+            return
+        groups: dict[torch.dtype, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            if not is_sharded(parameter):  # those are averaged in backward
+                groups.setdefault(parameter.dtype, []).append(parameter)
+        for group in groups.values():
+            missing = [parameter.grad is None for parameter in group]
+            seen = torch.tensor(missing, device=group[0].device).logical_not_()
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
+            flat = torch.cat([seen.to(group[0].dtype), *(grad.flatten() for grad in grads)])
+            distributed.all_reduce(flat)
+            seen, *means = flat.div_(self.world).split([len(group), *(p.numel() for p in group)])
+            if any(missing):  # only then: looking costs a wait for the device
+                missing = seen.eq(0).tolist()
+            for parameter, mean, nowhere in zip(group, means, missing, strict=True):
+                if parameter.grad is not None:
+                    parameter.grad.copy_(mean.view_as(parameter))
+                elif not nowhere:
+                    parameter.grad = mean.view_as(parameter).clone()
+
+    @torch.no_grad()
+    def share_buffers(self, modules: Iterable[nn.Module]) -> None:
+        """Buffers become those of the first process: batch statistics differ, each process having seen other samples."""
+        if self.world == 1:
+            return
+        groups: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in {id(b): b for module in modules for b in module.buffers() if b.numel()}.values():
+            groups.setdefault(buffer.dtype, []).append(buffer)
+        for group in groups.values():
+            flat = torch.cat([buffer.flatten() for buffer in group])
+            distributed.broadcast(flat, 0)
+            if self.rank:
+                for buffer, value in zip(group, flat.split([b.numel() for b in group]), strict=True):
+                    buffer.copy_(value.view_as(buffer))
 
     def gather(self, value) -> list:
         """``value`` of each process, in order."""
@@ -35,20 +84,66 @@ class Processes:
         distributed.all_gather_object(values, value)
         return values
 
-    def wait(self) -> None:
-        if self.world > 1:
-            distributed.barrier()
+    def first(self, function, *arguments):
+        """What ``function(*arguments)`` gives the first process, which alone calls it; its ValueError or OSError is raised in
+        all of them."""
+        if self.world == 1:
+            return function(*arguments)
+        outcome = [None, None]
+        if not self.rank:
+            try:
+                outcome[0] = function(*arguments)
+            except (ValueError, OSError) as error:
+                outcome[1] = error
+        distributed.broadcast_object_list(outcome, 0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
 
 ALONE = Processes()
 
 
-def start(device: torch.device) -> Processes:
+def is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor; torch.distributed.tensor need not be imported to know
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor; every process has to ask."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def part(tensor: Tensor, like: Tensor) -> Tensor:
+    """``tensor``, sharded as ``like`` is."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+def start(device: torch.device, mode: str = "ddp") -> Processes:
     """Join the processes that torchrun started, if it did; each on its own GPU where ``device`` is CUDA."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if mode == "fsdp":
+            raise ValueError(
+                "--parallel fsdp shards networks over several processes, and this is one: "
+                "torchrun --nproc-per-node N -m fastgan train RECIPE --parallel fsdp"
+            )
         return ALONE
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return Processes(distributed.get_rank(), distributed.get_world_size())
+    return Processes(distributed.get_rank(), distributed.get_world_size(), mode, device.type)
+
+
+def stop() -> None:
+    """Leave them."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -29,7 +29,7 @@ def save(path: Path, samples: Tensor, real: Tensor | None = None) -> None:
     from matplotlib import pyplot
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.part")
     if samples.dim() == 2:
         figure, axes = pyplot.subplots(figsize=(5, 5))
         if real is not None:

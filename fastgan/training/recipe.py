@@ -15,7 +15,7 @@ import fastgan
 from fastgan import losses
 
 from . import networks
-from .data import Source
+from .data import Part, Source
 from .options import Options
 
 Batch = dict[str, Tensor]
@@ -45,6 +45,7 @@ class Recipe:
     steps = 1500
     batch_size = 64
     averaged: tuple[str, ...] = ("generator",)  # networks with an exponential moving average
+    held_out = 0.0  # this last share of the source is not trained on
     step = 0  # the trainer counts
     compile = False  # set by the trainer, as is the scaler
     scaler: torch.amp.GradScaler | None = None
@@ -85,9 +86,30 @@ class Recipe:
         """(n,): the classes that ``sample(n)`` is asked for; None: it isn't."""
         return None
 
+    def reference(self) -> dict[str, float]:
+        """What perfect samples would get, of those metrics for which that is known."""
+        from . import metrics
+
+        return metrics.reference(self.source, self.features)
+
     def show(self, batch: Batch, n: int) -> Tensor:
         """What the picture of samples holds: here samples; a translation shows its inputs too, (n, rows, C, H, W)."""
         return self.sample(n)
+
+    @property
+    def training_source(self) -> Source:
+        """What the trainer draws batches from."""
+        kept = len(self.source) - int(len(self.source) * self.held_out)
+        return Part(self.source, range(kept)) if self.held_out else self.source
+
+    def unseen(self, n: int, random: bool = False) -> Batch:
+        """At most ``n`` of the samples that are held out (of all, if none is), spread evenly over them, on the device.
+        ``random``: ``n`` of them as they are drawn, some perhaps twice."""
+        held = int(len(self.source) * self.held_out) or len(self.source)
+        first, n = len(self.source) - held, n if random else min(n, held)
+        rows = torch.randint(held, (n,)).tolist() if random else [i * held // n for i in range(n)]
+        batch = self.source.__getitems__([first + row for row in rows])
+        return {key: value.to(self.device) for key, value in batch.items()}
 
     @property
     def device(self) -> torch.device:
@@ -189,11 +211,35 @@ class GAN(Recipe):
                 real_scores = self.critic(batch["image"], *args)
         return losses.generator(self.options.loss)(self.critic(fake, *args), real_scores)
 
-    def sample(self, n: int) -> Tensor:
-        return self.generator(self.latent(n), *((self.labels(n),) if self.conditional else ()))
-
     def labels(self, n: int) -> Tensor | None:
+        """The classes that ``n`` samples are of: all in turn, where the generator is told of them."""
         return torch.arange(n, device=self.device) % self.classes if self.conditional else None
+
+    def decode(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+        """The samples of latents (n, z_dim)."""
+        return self.generator(z) if label is None else self.generator(z, label)
+
+    def sample(self, n: int) -> Tensor:
+        return self.decode(self.latent(n), self.labels(n))
+
+    def write(self, text: str, n: int = 1) -> Tensor:
+        """(length, n, C, H, W): ``n`` lines of text, each character a sample of its class, and all of a line of one latent.
+
+        Where classes have longer names, words in place of characters. Spaces are black. Letters that are no class are
+        looked for in the other case. ValueError: what isn't known either way, or a recipe that is not conditional.
+        """
+        names = self.source.class_names if self.conditional else ()
+        if not names:
+            raise ValueError("only a conditional recipe of data with classes writes text")
+        single = all(len(name) == 1 for name in names)
+        pieces = [
+            next((p for p in (piece, piece.swapcase()) if p in names), piece) for piece in (text if single else text.split())
+        ]
+        if unknown := [piece for piece in pieces if piece not in names and not piece.isspace()]:
+            raise ValueError(f"text {text!r}: no class {unknown[0]!r}; known: {' '.join(names)}")
+        z, blank = self.latent(n), torch.full((n, *self.source.shape), -1.0, device=self.device)
+        labels = {piece: torch.full((n,), names.index(piece), device=self.device) for piece in pieces if piece in names}
+        return torch.stack([self.decode(z, labels[piece]) if piece in labels else blank for piece in pieces])
 
     def show(self, batch: Batch, n: int) -> Tensor:
         """Images of a conditional recipe: a column for each class."""

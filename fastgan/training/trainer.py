@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import fastgan
+from fastgan.critic.forget import forget
 
 from . import checkpoint, parallel, pictures
 from .data import Batches, Source
 from .networks import initialise
+from .parallel import local
 from .recipe import Player, Recipe
 
 SHOWN = 64  # samples in a picture of images
@@ -21,7 +23,13 @@ SHOWN_POINTS = 4000
 
 
 class Diverged(RuntimeError):
-    """A loss is no longer finite."""
+    """A loss, or a parameter, is no longer finite."""
+
+
+def _moving_average(decay: float):
+    """torch's exponential one, of each process's part of sharded tensors."""
+    update = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+    return lambda averages, values, count: update(list(map(local, averages)), list(map(local, values)), count)
 
 
 class Trainer:
@@ -49,27 +57,33 @@ class Trainer:
                 fastgan.accelerate(module)
         self.averages = {
             name: torch.optim.swa_utils.AveragedModel(
-                self.raw[name], multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(options.ema), use_buffers=True
+                self.raw[name], multi_avg_fn=_moving_average(options.ema), use_buffers=True
             ).eval()
             for name in (recipe.averaged if options.ema else ())
         }
         self.players = recipe.players()
         critics = {name for player in self.players if player.is_critic for name in player.networks}
-        self.wrapped = {
-            name: processes.wrap(torch.compile(m) if compile and name not in critics else m) for name, m in self.raw.items()
-        }
+        for name in (name for name in self.raw if name not in critics):  # in one order, in all processes
+            processes.shard(self.raw[name])
+            if name in self.averages:
+                processes.shard(self.averages[name].module)
+            if compile:
+                self.raw[name].compile()  # in place: its other methods, and indexing, stay
+        self.trainable = {name: [p for p in m.parameters() if p.requires_grad] for name, m in self.raw.items()}
+        self.modes = {module: module.training for m in self.raw.values() for module in m.modules()}
         self.optimizers = {player.name: self._optimizer(player) for player in self.players}
         half = torch.float16 if self.device.type == "cuda" else torch.bfloat16
         self.autocast = (lambda: torch.autocast(self.device.type, half)) if amp else nullcontext
         recipe.scaler = self.scaler = torch.amp.GradScaler() if amp and half == torch.float16 else None
         recipe.compile, recipe.step = compile, 0
-        self.batches = Batches(source, batch_size, seed, processes.rank, processes.world, workers=workers)
+        self.batches = Batches(recipe.training_source, batch_size, seed, processes.rank, processes.world, workers=workers)
         self.losses: dict[str, Tensor] = {}
+        self.values: dict[str, float] = {}  # the losses when they were last looked at
         torch.manual_seed(seed + processes.rank)  # from here on ranks draw different noise
 
     def _optimizer(self, player: Player) -> torch.optim.Optimizer:
         o = self.recipe.options
-        parameters = [p for name in player.networks for p in self.raw[name].parameters() if p.requires_grad]
+        parameters = list(dict.fromkeys(p for name in player.networks for p in self.trainable[name]))
         rate = o.lr_critic if player.is_critic and o.lr_critic else o.lr
         if o.optimizer == "adam":
             return torch.optim.Adam(parameters, rate, (o.beta1, o.beta2))
@@ -87,31 +101,35 @@ class Trainer:
             if self.done % player.every == 0:
                 for _ in range(player.updates):
                     self._turn(player)
+        self.processes.share_buffers(self.raw.values())
         for name, average in self.averages.items():
             average.update_parameters(self.raw[name])
         self.done += 1
 
     done = 0  # steps
+    stopping = False  # set it, and run ends after the step in progress, with a checkpoint
 
     def _turn(self, player: Player) -> None:
         options, optimizer = self.recipe.options, self.optimizers[player.name]
         batch = {key: value.to(self.device, non_blocking=True) for key, value in next(self.batches).items()}
         if options.flip and batch["image"].dim() == 4:
             mirrored = torch.rand(len(batch["image"]), 1, 1, 1, device=self.device) < 0.5
-            batch["image"] = torch.where(mirrored, batch["image"].flip(3), batch["image"])
-        for name, module in self.raw.items():
-            module.requires_grad_(name in player.networks)
-            self.recipe.networks[name] = self.wrapped[name] if name in player.networks else module
+            batch = {key: torch.where(mirrored, x.flip(3), x) if x.dim() == 4 else x for key, x in batch.items()}
+        self.recipe.networks.update(self.raw)
+        for name, parameters in self.trainable.items():
+            for parameter in parameters:
+                parameter.requires_grad_(name in player.networks)
         with self.autocast():
             terms = player.loss(batch)
         loss = sum(terms.values())
         optimizer.zero_grad(set_to_none=True)
         if self.scaler:
-            self.scaler.scale(loss).backward()
-            self.scaler.unscale_(optimizer)
-        else:
-            loss.backward()
+            loss = self.scaler.scale(loss)
+        loss.backward()
         parameters = optimizer.param_groups[0]["params"]
+        self.processes.average(parameters)
+        if self.scaler:
+            self.scaler.unscale_(optimizer)
         if options.clip_gradient:
             nn.utils.clip_grad_norm_(parameters, options.clip_gradient)
         if self.scaler:
@@ -137,27 +155,42 @@ class Trainer:
     # --- the whole run -----------------------------------------------------------------------------------------------
 
     def run(self, *, sample_every: int = 500, save_every: int = 500, log_every: int = 10, after_step=None) -> None:
-        """Train to ``steps``. ``after_step(trainer)`` is called after each. Raises :class:`Diverged`, naming loss and step."""
-        started, before = time.perf_counter(), self.done
+        """Train to ``steps``, or until ``stopping`` is set. ``after_step(trainer)`` is called after each. ``sample_every=0``:
+        no pictures.
+
+        Raises :class:`Diverged`, naming loss and step, and OSError where ``out`` can't be written to.
+        """
+        if self.out:
+            self.out.mkdir(parents=True, exist_ok=True)
+        started, before, saved = time.perf_counter(), self.done, self.done
         board = self._tensorboard()
-        while self.done < self.steps:
+        while self.done < self.steps and not self.stopping:
             self.step()
             last = self.done == self.steps
-            if self.done % log_every == 0 or last:
-                values = {name: float(value) for name, value in self.losses.items()}
-                for name, value in values.items():
-                    if not math.isfinite(value):
-                        raise Diverged(f"the loss of {name} is {value} at step {self.done}")
+            log, save = self.done % log_every == 0 or last, self.done % save_every == 0 or last
+            if log or save:
+                self.values = self._finite()  # the only place that waits for the device
+            if log:
                 speed = (self.done - before) / (time.perf_counter() - started)
-                self._log({"step": self.done, **values, "steps_per_second": round(speed, 3)}, board)
-            if self.out and (self.done % sample_every == 0 or last):
+                self._log({"step": self.done, **self.values, "steps_per_second": round(speed, 3)}, board)
+            if self.out and sample_every and (self.done % sample_every == 0 or last):
                 self.picture(self.out / "samples" / f"step-{self.done:08}.png")
-            if self.out and (self.done % save_every == 0 or last):
-                self.save()
+            if self.out and save:
+                saved = self.save()
             if after_step:
                 after_step(self)
+        if self.out and saved < self.done:
+            self.save()
         if board:
             board.close()
+
+    def _finite(self) -> dict[str, float]:
+        """The losses as numbers. Raises :class:`Diverged`."""
+        values = {name: float(value) for name, value in self.losses.items()}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise Diverged(f"the loss of {name} is {value} at step {self.done}")
+        return values
 
     def _tensorboard(self):
         if not self.out or self.processes.rank:
@@ -166,7 +199,7 @@ class Trainer:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return None
-        return SummaryWriter(self.out / "tensorboard")
+        return SummaryWriter(self.out / "tensorboard", purge_step=self.done + 1)
 
     def _log(self, row: dict, board) -> None:
         if not self.out or self.processes.rank:
@@ -185,8 +218,8 @@ class Trainer:
         return self.recipe
 
     def back_to_training(self) -> None:
-        for module in self.raw.values():
-            module.train()
+        for module, training in self.modes.items():
+            module.training = training
 
     @torch.no_grad()
     def picture(self, path: Path) -> None:
@@ -205,11 +238,20 @@ class Trainer:
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """A checkpoint of this moment in ``out/checkpoints``; a run that resumes from it goes on as this one does."""
+    def save(self) -> int:
+        """A checkpoint of this moment in ``out/checkpoints``; a run that resumes from it goes on as this one does.
+
+        Raises :class:`Diverged` where a parameter is not finite: what such a checkpoint would push out is worth more.
+        """
+        bad = [
+            name for name, parameters in self.trainable.items() if not all(p.isfinite().all() for p in map(local, parameters))
+        ]
+        if bad := next(filter(None, self.processes.gather(bad)), None):
+            raise Diverged(f"parameters of {bad[0]} are not finite at step {self.done}")
+        self._forget()
         random = self.processes.gather(checkpoint.pack_random())
         tensors = {
-            "model": self.processes.whole(self.raw),
+            "model": checkpoint.pack_modules(self.raw),
             "average": checkpoint.pack_modules({name: average.module for name, average in self.averages.items()}),
             "training": checkpoint.pack_optimizers(self.optimizers)
             | {f"rank{rank}.{key}": value for rank, states in enumerate(random) for key, value in states.items()},
@@ -217,19 +259,28 @@ class Trainer:
         state = {
             "step": self.done,
             "batches": self.batches.drawn,
+            "losses": {name: float(value) for name, value in self.losses.items()},
             "averaged": {name: int(average.n_averaged) for name, average in self.averages.items()},
             "scaler": self.scaler.state_dict() if self.scaler else None,
         }
-        if not self.processes.rank:
-            checkpoint.save(self.out / "checkpoints", self.done, tensors, state)
-        self.processes.wait()
+        self.processes.first(checkpoint.save, self.out / "checkpoints", self.done, tensors, state)
+        return self.done
+
+    def _forget(self) -> None:
+        """Which of its ways, equal up to rounding, a critic's step takes must not depend on whether the run was interrupted."""
+        for critic in (self.recipe, *self.raw.values()):
+            forget(critic)
 
     def resume(self) -> bool:
-        """Go on from the newest checkpoint in ``out``; False where there is none."""
+        """Go on from the newest checkpoint in ``out``; False where there is none. ValueError where it is damaged, and where
+        processes don't see the same one."""
         available = checkpoint.found(self.out / "checkpoints")
-        if not available:
+        newest = available[-1] if available else None
+        if len(set(self.processes.gather(newest and newest.name))) > 1:
+            raise ValueError(f"--out {self.out}: expected a folder that all processes share")
+        if newest is None:
             return False
-        tensors, state = checkpoint.load(available[-1])
+        tensors, state = checkpoint.load(newest)
         checkpoint.unpack_modules(self.raw, tensors["model"])
         checkpoint.unpack_modules({name: a.module for name, a in self.averages.items()}, tensors.get("average", {}))
         for name, count in state["averaged"].items():
@@ -238,9 +289,16 @@ class Trainer:
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.done = state["step"]
+        self.losses = {name: torch.tensor(value, dtype=torch.float64) for name, value in state["losses"].items()}
         p = self.processes
         self.batches = Batches(
-            self.source, self.batch_size, self.seed, p.rank, p.world, start=state["batches"], workers=self.workers
+            self.recipe.training_source,
+            self.batch_size,
+            self.seed,
+            p.rank,
+            p.world,
+            start=state["batches"],
+            workers=self.workers,
         )
         own = {key.partition(".")[2]: value for key, value in tensors["training"].items() if key.startswith(f"rank{p.rank}.")}
         if own:
@@ -252,4 +310,4 @@ class Trainer:
         path = self.out / "log.jsonl"
         if not self.processes.rank and path.exists():
             rows = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-            path.write_text("".join(f"{row}\n" for row in rows))
+            checkpoint.write_text(path, "".join(f"{row}\n" for row in rows))

@@ -134,14 +134,15 @@ def tune(arguments: argparse.Namespace) -> int:
 
 
 def default_metric(recipe, source) -> str:
-    """A distance where the recipe's metrics have one: what counts modes or classes is soon at its best."""
+    """A distance where the recipe's metrics have one: what counts modes or classes is soon at its best. Else its first goal."""
     from fastgan.training.recipe import Recipe
 
-    if recipe.evaluate is Recipe.evaluate:
-        return "fid" if len(source.shape) == 3 else "energy_distance"
-    if recipe.goals:
-        return next(iter(recipe.goals))
-    raise ValueError("--metric: the recipe has measures of its own; fastgan eval shows their names")
+    distance = "fid" if len(source.shape) == 3 else "energy_distance"
+    if recipe.evaluate is Recipe.evaluate or distance in recipe.goals:
+        return distance
+    if not recipe.goals:
+        raise ValueError("--metric: expected, for this recipe has measures of its own; fastgan eval shows their names")
+    return next(iter(recipe.goals))
 
 
 def trained(recipe, chosen, source, config: dict, where, metric: str, trial) -> float:

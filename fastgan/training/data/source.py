@@ -1,6 +1,6 @@
 """What a data source is, and the batches drawn from it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,9 +10,11 @@ from torch.utils.data import DataLoader, Dataset
 class Source(Dataset):
     """Samples by index, as dictionaries: "image" (C, H, W) in [-1, 1] or points (D,), "label" (scalar) where there are classes.
 
-    Here they lie in memory, as ``tensors`` of one length; other sources override ``__len__`` and ``__getitems__``.
-    ``shape``: of one sample. ``class_names``: what labels mean.
+    Here they lie in memory, as ``tensors`` of one length, images as uint8 from 0 to 255 or ready; other sources override
+    ``__len__`` and ``__getitems__``. ``shape``: of one sample. ``class_names``: what labels mean. ``skipped``: files left out.
     """
+
+    skipped: tuple[str, ...] = ()
 
     def __init__(self, name: str, tensors: dict[str, Tensor], class_names: tuple[str, ...] = ()):
         self.name, self.tensors, self.class_names = name, tensors, class_names
@@ -30,7 +32,57 @@ class Source(Dataset):
 
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
         """A whole batch; DataLoader asks for it where it is there."""
-        return {key: tensor[rows] for key, tensor in self.tensors.items()}
+        index = torch.as_tensor(rows)
+        batch = {key: tensor[index] for key, tensor in self.tensors.items()}
+        if batch["image"].dtype == torch.uint8:
+            batch["image"] = batch["image"].float().div_(127.5).sub_(1)
+        return batch
+
+
+class Domains(Source):
+    """Two sources side by side, without pairs: "image" of one and "other" of the other. The shorter one is repeated."""
+
+    def __init__(self, name: str, image: Source, other: Source):
+        if image.shape != other.shape:
+            raise ValueError(
+                f"--data {name}: the two domains have samples of {image.shape} and {other.shape}; expected one shape"
+            )
+        self.name, self.image, self.other, self.class_names, self.shape = name, image, other, (), image.shape
+        self.skipped = image.skipped + other.skipped
+
+    def __len__(self) -> int:
+        return max(len(self.image), len(self.other))
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        image, other = (side.__getitems__([row % len(side) for row in rows])["image"] for side in (self.image, self.other))
+        return {"image": image, "other": other}
+
+
+class Part(Source):
+    """Some rows of ``source``."""
+
+    def __init__(self, source: Source, rows: Sequence[int]):
+        self.source, self.rows = source, rows
+        self.name, self.shape, self.class_names = source.name, source.shape, source.class_names
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        return self.source.__getitems__([self.rows[row] for row in rows])
+
+
+class Absent(Source):
+    """Stands for the data of a trained run where it is gone: its shape and classes are known, samples are not."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], class_names: tuple[str, ...], why: str):
+        self.name, self.shape, self.class_names, self.why = name, tuple(shape), tuple(class_names), why
+
+    def __len__(self) -> int:
+        raise ValueError(self.why)
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        raise ValueError(self.why)
 
 
 class _Rows:
@@ -75,8 +127,11 @@ class Batches:
             raise ValueError(f"--batch-size {batch_size} is of all {world} processes together: expected a multiple of {world}")
         self.drawn = start
         rows = _Rows(len(source), batch_size, seed, rank, world, start)
-        self._loader = iter(DataLoader(source, batch_sampler=rows, num_workers=workers, collate_fn=_whole))
+        if workers:
+            self._batches = iter(DataLoader(source, batch_sampler=rows, num_workers=workers, collate_fn=_whole))
+        else:  # without the loader's overhead, a third of a millisecond a batch
+            self._batches = map(source.__getitems__, rows)
 
     def __next__(self) -> dict[str, Tensor]:
         self.drawn += 1
-        return next(self._loader)
+        return next(self._batches)
