@@ -39,7 +39,7 @@ def test_the_map_names_what_exists(code):
         assert any(_accepts(recipes.get(name).Options, settings) for name in recipes.names()), code
         return
     name = code.partition("(")[0]
-    if "." in name and "/" not in name or hasattr(fastgan, name):
+    if ("." in name and "/" not in name) or hasattr(fastgan, name):
         found = reduce(getattr, name.split("."), fastgan)
         for keyword in re.findall(r"(\w+)=", code):
             assert keyword in inspect.signature(found).parameters, code
