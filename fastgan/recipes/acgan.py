@@ -41,7 +41,7 @@ class Critic(networks.ConvCritic):
 class Recipe(GAN):
     Options = Options
     steps = 700
-    goals: ClassVar = {"classes": 10, "fid": 6, "recall": 0.3, "accuracy": 0.8}
+    goals: ClassVar = {"classes": 10, "fid": 3, "recall": 0.3, "accuracy": 0.8}
     conditional = True
 
     def build(self):
