@@ -143,9 +143,13 @@ def gallery(results: dict[str, dict], pictures: set[str]) -> str:
 
 
 def pages(out: Path) -> dict[str, str]:
-    """The text of every page by file name."""
+    """The text of every page by file name. Runs are judged by the goals that recipes have now."""
+    from fastgan.training import evaluate
+
     path = out / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
+    for name in results.keys() & set(recipes.names()):
+        results[name] |= evaluate.judged(results[name]["metrics"], recipes.get(name).goals)
     pictures = {file.stem for file in out.glob("*.png")}
     texts = {f"{name}.md": page(name, results.get(name), name in pictures) for name in recipes.names()}
     return texts | {"README.md": gallery(results, pictures)}

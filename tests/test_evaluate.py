@@ -95,6 +95,14 @@ def test_a_recorded_run_and_its_page(tmp_path):
     assert "(gan.png)" not in (tmp_path / "wgan_gp.md").read_text() and 'src="gan.png"' in (tmp_path / "README.md").read_text()
 
 
+def test_pages_judge_by_the_goals_of_today(tmp_path, monkeypatch):
+    old = json.loads((Path(__file__).parent.parent / recorder.OUT / "results.json").read_text())["gan"]
+    recorder.merge(tmp_path / "results.json", {"gan": old | {"goals": {}, "met": {}}})
+    monkeypatch.setattr(gan.Recipe, "goals", {"modes": 1, "energy_distance": 0})
+    text = recorder.pages(tmp_path)["gan.md"]
+    assert "≥ 1 met" in text and "≤ 0 missed" in text
+
+
 def test_a_run_that_fails_is_named(tmp_path, capfd):
     assert recorder.main(["gan", "--steps", "none", "--out", str(tmp_path)]) == 1
     assert "gan: Command" in capfd.readouterr().err and not (tmp_path / "results.json").exists()

@@ -53,7 +53,7 @@ def measured(folder: Path, n: int, features: str | None = None, seed: int = 0, d
         values = recipe.evaluate(n)
         distributions = not values.keys().isdisjoint(("fid", "energy_distance"))  # or only pairs are compared
         reference = recipe.reference() if distributions else {}
-    goals = dict(recipe.goals) if own else {}
+    goals = recipe.goals if own else {}
     return {
         "recipe": config["recipe"],
         "data": config["data"],
@@ -63,8 +63,17 @@ def measured(folder: Path, n: int, features: str | None = None, seed: int = 0, d
         "features": metrics.note(recipe.source, recipe.features) if distributions else "",
         "metrics": values,
         "reference": {name: value for name, value in reference.items() if name in values},
-        "goals": goals,
-        "met": {name: name in values and metrics.better(name, values[name], goal) for name, goal in goals.items()},
+        **judged(values, goals),
+    }
+
+
+def judged(values: dict[str, float], goals: dict[str, float]) -> dict[str, dict]:
+    """``goals``, and which of them are ``met``; one without a value is not."""
+    from fastgan.training.metrics import better
+
+    return {
+        "goals": dict(goals),
+        "met": {name: name in values and better(name, values[name], goal) for name, goal in goals.items()},
     }
 
 
