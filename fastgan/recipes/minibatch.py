@@ -10,7 +10,6 @@ Salimans et al., "Improved techniques for training GANs", 2016.
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 import fastgan
@@ -52,7 +51,6 @@ class Recipe(GAN):
         o, hidden = self.options, 4 * self.options.width
         features = nn.Sequential(self.network(self.source.shape, hidden), nn.LeakyReLU(0.2))
         critic = Critic(features, hidden, o.kernels, o.kernel_dims)
-        first = self.source.__getitems__(torch.randperm(len(self.source))[:256].tolist())["image"]
         return super().build() | {"critic": critic}
 
     def critic_loss(self, batch):

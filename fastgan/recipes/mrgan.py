@@ -3,6 +3,8 @@
 What comes back shall be near the real sample (geometric regulariser, weight ``geometric``) and pass for real (mode
 regulariser, weight ``mode``). ``reconstruction_error`` is the mean squared difference of real samples from what comes back.
 
+On the ring the encoder is what is gained, and not modes, of which :mod:`fastgan.recipes.gan` finds as many.
+
 Che et al., "Mode regularized generative adversarial networks", 2017.
 """
 
@@ -20,8 +22,8 @@ class Options(GANOptions):
     z_dim: int = 16
     lr: float = 1e-3
     lr_decay: float = 0.5
-    geometric: float = 0.2
-    mode: float = 0.4
+    geometric: float = 1.0
+    mode: float = 0.5
 
 
 class Recipe(GAN):

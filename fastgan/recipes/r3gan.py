@@ -3,10 +3,14 @@
 Residual blocks of 1x1, grouped 3x3 and 1x1 convolutions, bilinear resampling, scaled so that each block starts as the
 identity. Piecewise linear throughout, so that :func:`fastgan.critic_step` takes one shared pass for loss and both penalties.
 
+Points, which are closer to each other than images, need lighter penalties: ``--data ring --batch-size 256 --set width=32
+lr=1e-3 r1=0.1 r2=0.1``.
+
 Huang et al., "The GAN is dead; long live the GAN! A modern GAN baseline", 2024.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +23,8 @@ from fastgan.training.recipe import GAN, GANOptions
 class Options(GANOptions):
     loss: str = "relativistic"
     width: int = 8
-    lr: float = 1e-3
+    lr: float = 2e-3
+    lr_decay: float = 0.3
     r1: float = 1.0
     r2: float = 1.0
     beta1: float = 0.0
@@ -90,6 +95,7 @@ class Critic(nn.Sequential):
 class Recipe(GAN):
     Options = Options
     steps = 800
+    goals: ClassVar = {"classes": 10, "fid": 6, "recall": 0.4}
 
     def build(self):
         o, shape = self.options, self.source.shape

@@ -6,6 +6,7 @@ Miyato et al., "Spectral normalization for generative adversarial networks", 201
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import fastgan
 from fastgan.training import networks
@@ -25,6 +26,7 @@ class Options(GANOptions):
 class Recipe(GAN):
     Options = Options
     steps = 600
+    goals: ClassVar = {"classes": 10, "fid": 3.5, "recall": 0.6}
 
     def build(self):
         o, shape = self.options, self.source.shape

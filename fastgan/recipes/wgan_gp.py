@@ -2,10 +2,13 @@
 
 The penalty is :func:`fastgan.critic_step`'s. No batch norm in the critic, whose samples must not depend on each other.
 
+Points, too: ``--data ring --set width=32 gradient_penalty=1 critic_updates=5``.
+
 Gulrajani et al., "Improved training of Wasserstein GANs", 2017.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fastgan.training.recipe import GAN, GANOptions
 
@@ -24,3 +27,4 @@ class Options(GANOptions):
 class Recipe(GAN):
     Options = Options
     steps = 450
+    goals: ClassVar = {"classes": 10, "fid": 2.5, "recall": 0.8}

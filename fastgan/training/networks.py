@@ -21,9 +21,10 @@ def doublings(shape: Shape, smallest: int = 4) -> int:
 
 
 class Perceptron(nn.Module):
-    """Three hidden layers from ``inputs`` to ``outputs``, numbers or shapes. A label of ``classes`` is embedded."""
+    """Three hidden layers from ``inputs`` to ``outputs``, numbers or shapes. A label of ``classes`` is embedded.
+    ``dropout``: probability of a hidden unit to be left out."""
 
-    def __init__(self, inputs: int | Shape, outputs: int | Shape, hidden: int, classes: int = 0):
+    def __init__(self, inputs: int | Shape, outputs: int | Shape, hidden: int, classes: int = 0, dropout: float = 0.0):
         super().__init__()
         self.outputs = (outputs,) if isinstance(outputs, int) else tuple(outputs)
         features = inputs if isinstance(inputs, int) else math.prod(inputs)
@@ -31,7 +32,7 @@ class Perceptron(nn.Module):
         features += hidden // 4 if classes else 0
         layers = []
         for _ in range(3):
-            layers += [nn.Linear(features, hidden), nn.LeakyReLU(0.2)]
+            layers += [nn.Linear(features, hidden), nn.LeakyReLU(0.2), *([nn.Dropout(dropout)] if dropout else [])]
             features = hidden
         self.body = nn.Sequential(*layers, nn.Linear(hidden, math.prod(self.outputs)))
 
@@ -50,6 +51,8 @@ class ConvGenerator(nn.Module):
         super().__init__()
         n = doublings(shape)
         self.label = nn.Embedding(classes, z_dim) if classes else None
+        if classes:
+            nn.init.normal_(self.label.weight, std=0.2)  # less than the latent: at 1, samples of a class come out alike
         channels = width * 2**n
         layers = [
             nn.Linear(z_dim * (2 if classes else 1), channels * 16, bias=False),
@@ -89,7 +92,10 @@ class ConvCritic(nn.Module):
         self.body = nn.Sequential(*layers, nn.Flatten())
         self.feature_count = channels * 16
         self.score = normalised(nn.Linear(self.feature_count, outputs))
-        self.label = normalised(nn.Embedding(classes, self.feature_count)) if classes else None
+        self.label = nn.Embedding(classes, self.feature_count) if classes else None
+        if classes:
+            nn.init.normal_(self.label.weight, std=0.02)
+            self.label = normalised(self.label)
 
     def features(self, x: Tensor) -> Tensor:
         """(B, feature_count)."""
@@ -137,7 +143,7 @@ class UpBlock(nn.Module):
 
 
 class ResGenerator(nn.Module):
-    """Latent to images in [-1, 1] by :class:`UpBlock` from 4x4. ``middle``: a factory of a layer over c channels at half size."""
+    """Latent to images in [-1, 1] by :class:`UpBlock` from 4x4. ``middle``: factory of a layer over c channels at half size."""
 
     def __init__(self, z_dim: int, shape: Shape, channels: int, classes: int = 0, spectral: bool = False, middle=None):
         super().__init__()
@@ -176,7 +182,7 @@ class DownBlock(nn.Module):
 
 class ResCritic(nn.Module):
     """Images to a score (B, 1) by :class:`DownBlock` to 4x4 and the sum over positions; a label enters by projection.
-    ``middle``: a factory of a layer over c channels at half size."""
+    ``middle``: factory of a layer over c channels at half size."""
 
     def __init__(self, shape: Shape, channels: int, classes: int = 0, middle=None):
         super().__init__()

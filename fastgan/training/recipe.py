@@ -204,7 +204,7 @@ class GAN(Recipe):
         return {"generator": self.deceive(fake, batch)}
 
     def deceive(self, fake: Tensor, batch: Batch) -> Tensor:
-        """The loss of samples that the critic should take for real ones, those of the batch where the loss is relative to them."""
+        """The loss of samples that are to pass for real; of a relativistic loss, beside those of the batch."""
         args, real_scores = self.condition(batch), None
         if self.options.loss.startswith("relativistic"):
             with torch.no_grad():
