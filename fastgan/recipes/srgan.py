@@ -63,7 +63,7 @@ class Generator(nn.Module):
 
 class Recipe(Translation):
     Options = Options
-    steps = 1200
+    steps = 700
     goals: ClassVar = {"psnr_gain": -0.2, "detail": 0.4}
 
     def build(self):
