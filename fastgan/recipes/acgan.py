@@ -11,7 +11,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from fastgan import losses
 from fastgan.training import networks
@@ -58,10 +57,10 @@ class Recipe(GAN):
         _, classes = self.critic(torch.cat([real, fake]))
         return {
             "critic": self.critic_step(self.critic, real, fake, o.loss, score_fn=itemgetter(0), **self.penalties()),
-            "classifier": o.classifier * 2 * cross_entropy(classes, label.repeat(2)),
+            "classifier": o.classifier * 2 * losses.auxiliary(classes, label.repeat(2)),
         }
 
     def generator_loss(self, batch):
         o, label = self.options, batch["label"]
         score, classes = self.critic(self.generator(self.latent(len(label)), label))
-        return {"generator": losses.generator(o.loss)(score), "classes": o.classifier * cross_entropy(classes, label)}
+        return {"generator": losses.generator(o.loss)(score), "classes": o.classifier * losses.auxiliary(classes, label)}

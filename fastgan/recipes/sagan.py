@@ -47,7 +47,7 @@ class SelfAttention(nn.Module):
 
 class Recipe(GAN):
     Options = Options
-    steps = 600
+    steps = 1000
     goals: ClassVar = {"classes": 10, "fid": 8, "recall": 0.5, "accuracy": 0.5}
 
     @property
