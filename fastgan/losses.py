@@ -239,7 +239,7 @@ def names():
 
 
 def generator(name):
-    """The generator's side of a named loss: a callable(fake_scores, real_scores=None) -> scalar. ValueError as in :func:`get`."""
+    """The generator's side of a named loss: callable(fake_scores, real_scores=None). Raises as :func:`get` does."""
     return globals()[f"{get(name).name}_generator"]
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: safetensors and JSON in a folder of its own per step, which is there whole or not at all.
 
 ``model.safetensors``: all networks, keys ``network.parameter``; ``average.safetensors``: the averaged ones;
-``training.safetensors``: optimizer state ``player.index.name`` and random states; ``state.json``: everything that is not a tensor.
+``training.safetensors``: optimizer state ``player.index.name`` and random states; ``state.json``: all that is no tensor.
 """
 
 import json

@@ -11,7 +11,7 @@ Shape = tuple[int, ...]
 
 
 def doublings(shape: Shape, smallest: int = 4) -> int:
-    """How often ``smallest`` doubles to the side of images (C, H, W). ValueError unless they are square and it is a power of 2."""
+    """How often ``smallest`` doubles to the side of images (C, H, W). ValueError if it never does."""
     side = shape[-1]
     steps = round(math.log2(side / smallest)) if side >= smallest else -1
     if len(shape) != 3 or shape[-2] != side or smallest * 2**steps != side:
@@ -20,9 +20,9 @@ def doublings(shape: Shape, smallest: int = 4) -> int:
 
 
 class Perceptron(nn.Module):
-    """Three hidden layers from ``inputs`` to ``outputs``, each a number or a shape; a label of ``classes`` is appended, embedded."""
+    """Three hidden layers from ``inputs`` to ``outputs``, numbers or shapes. A label of ``classes`` is embedded."""
 
-    def __init__(self, inputs: int | Shape, outputs: int | Shape, hidden: int, classes: int = 0, last: nn.Module | None = None):
+    def __init__(self, inputs: int | Shape, outputs: int | Shape, hidden: int, classes: int = 0):
         super().__init__()
         self.outputs = (outputs,) if isinstance(outputs, int) else tuple(outputs)
         features = inputs if isinstance(inputs, int) else math.prod(inputs)
@@ -32,7 +32,7 @@ class Perceptron(nn.Module):
         for _ in range(3):
             layers += [nn.Linear(features, hidden), nn.LeakyReLU(0.2)]
             features = hidden
-        self.body = nn.Sequential(*layers, nn.Linear(hidden, math.prod(self.outputs)), *([last] if last else []))
+        self.body = nn.Sequential(*layers, nn.Linear(hidden, math.prod(self.outputs)))
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
         x = x.flatten(1)

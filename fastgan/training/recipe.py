@@ -6,7 +6,7 @@ defaults; what has more than one generator and one critic derives from :class:`R
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class Player:
 
 
 class Recipe:
-    """The base of all. ``self.name`` is the network of that name, as :meth:`build` returned it (or as the trainer wrapped it)."""
+    """The base of all. ``self.name`` is the network of that name, as :meth:`build` returned it or as the trainer wrapped it."""
 
     Options = Options
     data = "digits"  # what it is trained on unless --data says otherwise
@@ -70,6 +70,15 @@ class Recipe:
     def sample(self, n: int) -> Tensor:
         """``n`` new samples from the global random state."""
         raise NotImplementedError
+
+    #: metric -> what the recorded run reaches and a broken implementation does not; the least, or the most where less is better
+    goals: ClassVar[dict[str, float]] = {}
+
+    def evaluate(self, n: int = 2000) -> dict[str, float]:
+        """Metrics by name, of ``n`` samples: those of :func:`fastgan.training.metrics.evaluate` for what :attr:`source` holds."""
+        from . import metrics
+
+        return metrics.evaluate(self.sample, self.source, n)
 
     def show(self, batch: Batch, n: int) -> Tensor:
         """What the picture of samples holds: here samples; a translation shows its inputs too, (n, rows, C, H, W)."""
