@@ -125,7 +125,8 @@ def extension(kind: str) -> dict:
         nvcc, objects = find_nvcc(), []
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
             output = build / f"{source.stem}.{archs}.cu.o"
-            newest = max(p.stat().st_mtime for p in (*(ROOT / "csrc").rglob("*.[ch]*"), source))
+            headers = (*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.h"))
+            newest = max(p.stat().st_mtime for p in (*headers, source))
             if not output.exists() or output.stat().st_mtime < newest:
                 flags = [
                     "-O3",

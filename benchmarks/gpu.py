@@ -114,6 +114,33 @@ def _tangents(*shape) -> Case:
     )  # fmt: skip
 
 
+def _sums(kernel: str, n: int, d: int) -> Case:
+    """Gradients of both sets of points."""
+
+    def options(x):
+        return x.new_tensor([d**0.5]), x.new_ones(1), kernel, 1.0, 0.0, False
+
+    def inputs(device):
+        return [torch.randn(n, d, device=device, requires_grad=True) for _ in range(2)]
+
+    def eager(x, y):
+        if kernel == "laplacian":
+            return torch.exp(torch.cdist(x, y, p=1) / -(d**0.5)).sum(1)
+        return torch.exp((x.square().sum(1)[:, None] + y.square().sum(1) - 2 * (x @ y.T)) / (-2 * d)).sum(1)
+
+    def kernels(module, x, y):
+        module.pairwise_kernel_sum_backward_both(module.pairwise_kernel_sum(x, y, *options(x)), x, y, *options(x))
+
+    signs = kernel == "laplacian"  # gathered by a kernel, twice; else by matrix products, which are counted around the kernels
+    points, slopes, pairs = 8 * n * d, 4 * n * n, n * n
+    # per pair and coordinate: 2 for the distance, forward and backward, and 4 or 1 for each of the gradients
+    return Case(
+        "pairwise_kernel_sum", f"{kernel} {n}x{d}", inputs, kernels,
+        lambda x, y: torch.ops.fastgan.pairwise_kernel_sum(x, y, *options(x)), eager,
+        2 * points + slopes + signs * 2 * (slopes + 2 * points), pairs * (d * (4 + 2 * (4 if signs else 1)) + 20),
+    )  # fmt: skip
+
+
 #: (rows, columns) of the weights of discriminators
 DISCRIMINATORS = {
     "SNGAN-32": [(128, 27), (128, 1152), (128, 27), *[(128, 1152)] * 4, (128, 128), *[(128, 1152)] * 2, (1, 128)],
@@ -166,6 +193,7 @@ def cases() -> list[Case]:
         _stddev(16, 512, 4, 4), _stddev(64, 512, 4, 4),
         _penalty(64, 3, 64, 64), _penalty(16, 3, 256, 256),
         _tangents(64, 64, 64, 64),
+        _sums("gaussian", 4096, 64), _sums("laplacian", 4096, 64),
         *map(_spectral, DISCRIMINATORS),
     ]  # fmt: skip
 

@@ -106,6 +106,14 @@ def cuda_ptx(kernel: str) -> str:
     return module
 
 
+def without_barrier(ptx: str, kernel: str, number: int) -> str:
+    """PTX of the one kernel, with one of its barriers left out: what a test has to notice."""
+    head = ptx[: re.search(r"^(\.visible |\.weak )?\.entry", ptx, re.MULTILINE).start()]
+    (body,) = re.findall(rf"^(?:\.visible |\.weak )?\.entry \w*{kernel}.*?^}}", ptx, re.MULTILINE | re.DOTALL)
+    barrier = list(re.finditer(r"bar(rier)?\.sync[^;]*;", body))[number]
+    return head + body[: barrier.start()] + body[barrier.end() :]
+
+
 def emulator():
     folder = os.environ.get("FASTGAN_PTXEMU")
     if not folder:
@@ -283,7 +291,10 @@ def _print_table() -> None:
         print(f"Triton: {missing}", file=sys.stderr)
     try:
         for (kernel, arch), usage in cuda_usage().items():
-            home = importlib.import_module(f"test_{'minibatch_discrimination' if 'pairs' in kernel else 'streams'}_cuda")
+            op = (
+                "spectral_norm" if "spectral_norm" in kernel else "minibatch_discrimination" if "pairs" in kernel else "streams"
+            )
+            home = importlib.import_module(f"test_{op}_cuda")
             rows.append((home.describe(kernel), f"sm_{arch}", usage, usage.occupancy(arch, home.WARPS)))
     except pytest.skip.Exception as missing:
         print(f"CUDA C++: {missing}", file=sys.stderr)

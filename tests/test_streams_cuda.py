@@ -20,7 +20,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, tor
 
 
 def describe(mangled: str) -> str | None:
-    found = re.search(r"\d(combine|square_sums|finish|scale)I(\w+?)(?:Li(\d+))?E", mangled)
+    found = "spectral_norm" not in mangled and re.search(r"\d(combine|square_sums|finish|scale)I(\w+?)(?:Li(\d+))?E", mangled)
     return found and f"cuda {found[1]} {found[2].lstrip('0123456789_')} x{found[3] or 1}"
 
 
@@ -42,7 +42,7 @@ class Program:
     """Launches by kernel, type and pack, as the functions in csrc/cuda make them."""
 
     def __init__(self):
-        self.loaded = [emulator().load(cuda_ptx(kernel)) for kernel in ("square_sums", "combine")]
+        self.loaded = [emulator().load(cuda_ptx(kernel)) for kernel in ("square_sums", r"combineI\w+?Li")]
         self.launches = []
 
     def __call__(self, kernel: str, dtype, pack: int | None, blocks: int, values: list, outputs: list):

@@ -46,6 +46,7 @@ inline unsigned grid_of(const char* op, int64_t blocks) {
 // N neighbours in one load or store, of 16 bytes where N is kPacked.
 template <class T, int N> struct alignas(sizeof(T) * N) Pack { T value[N]; };
 template <class T> constexpr int kPacked = 16 / sizeof(T);
+template <class A> constexpr int kTogether = 16 / sizeof(A);  // elements that a thread takes from shared memory at a time, as A
 
 constexpr int kBlock = 256;
 constexpr int64_t kElements = 8192;  // of a row, for one block: a multiple of every kPacked
@@ -64,14 +65,16 @@ inline bool packs(const void* data, int64_t stride, int64_t count, size_t size) 
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (count <= 1 || stride * size % 16 == 0);
 }
 
-// f(at, pack of N or 1) for this thread's share of a piece: whole packs, then what is left of the row.
-template <int N, class F> __device__ void for_each_pack(const Piece& piece, const F& f) {
-  const int64_t whole = piece.begin + (piece.end - piece.begin) / N * N;
+// f(at, pack of N or 1) for this thread's share of what lies between begin and end: whole packs, then what is left.
+template <int N, class F> __device__ void for_each_pack(int64_t begin, int64_t end, const F& f) {
+  const int64_t whole = begin + (end - begin) / N * N;
 #pragma unroll 4
-  for (int64_t at = piece.begin + threadIdx.x * N; at < whole; at += kBlock * N) f(at, std::integral_constant<int, N>());
+  for (int64_t at = begin + threadIdx.x * N; at < whole; at += kBlock * N) f(at, std::integral_constant<int, N>());
   if constexpr (N > 1)
-    if (whole + threadIdx.x < piece.end) f(whole + threadIdx.x, std::integral_constant<int, 1>());
+    if (whole + threadIdx.x < end) f(whole + threadIdx.x, std::integral_constant<int, 1>());
 }
+
+template <int N, class F> __device__ void for_each_pack(const Piece& piece, const F& f) { for_each_pack<N>(piece.begin, piece.end, f); }
 
 template <int N, class T> __device__ Pack<T, N> load(const T* from) { return *reinterpret_cast<const Pack<T, N>*>(from); }
 template <int N, class T> __device__ void store(T* to, const Pack<T, N>& pack) { *reinterpret_cast<Pack<T, N>*>(to) = pack; }

@@ -3,6 +3,10 @@
 // A block owns 32 samples i of one kernel k and one chunk of components; its lanes own rows, its warps share out the
 // samples j of a tile. Tiles lie in shared memory as (j, component): a warp reads one j at a time, a broadcast. The warps'
 // sums meet once at the end, in fixed order: no atomics, the same bits on every run.
+//
+// 16 bits become float on their way to shared memory, once per tile. Differences in pairs of 16 bits would be as exact as the
+// results show, but cost more: a difference and its absolute value is one instruction for two components, and then each has to be
+// turned into float to be added up, 2.5 instructions a component against 2 (docs/gpu.md).
 #include <algorithm>
 #include <tuple>
 
@@ -22,12 +26,12 @@ __global__ void __launch_bounds__(kThreads, 1)  // the 1: ptxas else spills a fe
           const T* __restrict__ grad,     // (B, K)
           T* __restrict__ values,         // (B, K)
           T* __restrict__ gradient,       // (B, K, D)
-          const int64_t B, const int64_t K, const int64_t D, const bool self_term) {
+          const int64_t B, const int64_t K, const int64_t D, const bool self_term, const bool packed) {
   using A = typename Accumulate<T>::type;
   constexpr int kSums = Components ? Chunk + 1 : 1;
   __shared__ union {
     struct {
-      A m[kTile][Chunk], tangent[Tangent ? kTile : 1][Chunk], grad[kTile];
+      alignas(16) A m[kTile][Chunk], tangent[Tangent ? kTile : 1][Chunk], grad[kTile];
     } tile;
     A sums[kWarps - 1][kSums][kLanes];
   } shared;
@@ -37,23 +41,36 @@ __global__ void __launch_bounds__(kThreads, 1)  // the 1: ptxas else spills a fe
   const int64_t i = blockIdx.x % blocks * kLanes + lane;
   const int64_t own = Components ? blockIdx.x / blocks % chunks : chunks - 1;
   const int64_t k = blockIdx.x / blocks / (Components ? chunks : 1);
-  const auto load = [&](const T* x, int64_t sample, int64_t d) {
-    return sample < B && d < D ? static_cast<A>(x[(sample * K + k) * D + d]) : A(0);
+  // P neighbouring components of a sample in one load, where their addresses allow it; 0 past the ends.
+  constexpr int P = kTogether<A>;
+  const auto bring = [&](const T* x, int64_t sample, int64_t d) {
+    Pack<A, P> values = {};
+    if (sample >= B || d >= D) return values;
+    const T* from = x + (sample * K + k) * D + d;
+    Pack<T, P> pack = {};
+    if (packed) pack = load<P>(from);
+#pragma unroll
+    for (int i = 0; i < P; ++i) {
+      if (!packed && d + i < D) pack.value[i] = from[i];
+      values.value[i] = static_cast<A>(pack.value[i]);
+    }
+    return values;
   };
-
-  A row[Chunk], row_tangent[Chunk], sums[kSums] = {};  // sums[Chunk], or the only one, is of values
-  A& value = sums[kSums - 1];
   const A g_i = Components && i < B ? static_cast<A>(grad[i * K + k]) : A(0);
+
+  alignas(16) A row[Chunk], row_tangent[Chunk];
+  A sums[kSums] = {};  // sums[Chunk], or the only one, is of values
+  A& value = sums[kSums - 1];
 
   for (int64_t start = 0; start < B; start += kTile) {
     A distance[kShare] = {}, p[kShare] = {};
     for (int64_t step = 1; step <= chunks; ++step) {
       const int64_t chunk = (own + step) % chunks;  // the own one last: its tile and rows then stay for the sums below
       __syncthreads();
-      for (int at = threadIdx.x; at < kTile * Chunk; at += kThreads) {
+      for (int at = threadIdx.x * P; at < kTile * Chunk; at += kThreads * P) {
         const int64_t j = start + at / Chunk, d = chunk * Chunk + at % Chunk;
-        shared.tile.m[at / Chunk][at % Chunk] = load(m, j, d);
-        if constexpr (Tangent) shared.tile.tangent[at / Chunk][at % Chunk] = load(tangent, j, d);
+        store<P>(&shared.tile.m[at / Chunk][at % Chunk], bring(m, j, d));
+        if constexpr (Tangent) store<P>(&shared.tile.tangent[at / Chunk][at % Chunk], bring(tangent, j, d));
       }
       if (Components && threadIdx.x < kTile) {
         const int64_t j = start + threadIdx.x;
@@ -61,9 +78,9 @@ __global__ void __launch_bounds__(kThreads, 1)  // the 1: ptxas else spills a fe
       }
       if (start == 0 || chunks > 1) {
 #pragma unroll
-        for (int d = 0; d < Chunk; ++d) {
-          row[d] = load(m, i, chunk * Chunk + d);
-          if constexpr (Tangent) row_tangent[d] = load(tangent, i, chunk * Chunk + d);
+        for (int d = 0; d < Chunk; d += P) {
+          store<P>(row + d, bring(m, i, chunk * Chunk + d));
+          if constexpr (Tangent) store<P>(row_tangent + d, bring(tangent, i, chunk * Chunk + d));
         }
       }
       __syncthreads();
@@ -73,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, 1)  // the 1: ptxas else spills a fe
 #pragma unroll
         for (int d = 0; d < Chunk; ++d) {  // components past D are 0 on both sides and change nothing
           const A difference = row[d] - shared.tile.m[j][d];
-          distance[s] += difference < 0 ? -difference : difference;
+          distance[s] += fabs(difference);  // one instruction with the addition, which a comparison isn't
           if constexpr (Tangent) {
             const A sign = A(difference > 0) - A(difference < 0);
             p[s] += sign * (row_tangent[d] - shared.tile.tangent[j][d]);
@@ -141,9 +158,12 @@ void launch(const Call& call, const Tensor& m, const Tensor& tangent, const Tens
   const int64_t blocks = (B + kLanes - 1) / kLanes * K * (Components ? (D + Chunk - 1) / Chunk : 1);
   const auto in = [](const Tensor& tensor) { return static_cast<const T*>(tensor.const_data_ptr()); };
   const auto out = [](Tensor* tensor) { return tensor ? static_cast<T*>(tensor->mutable_data_ptr()) : nullptr; };
+  constexpr int P = kTogether<typename Accumulate<T>::type>;
+  const auto packed = [&](const T* x) { return D % P == 0 && reinterpret_cast<uintptr_t>(x) % (P * sizeof(T)) == 0; };
   const Device device(m);
   pairs<T, Chunk, Tangent, Components><<<grid_of(call.op, blocks), kThreads, 0, device.stream>>>(
-      in(m), in(tangent), in(grad), out(call.values), out(call.gradient), B, K, D, call.self_term);
+      in(m), in(tangent), in(grad), out(call.values), out(call.gradient), B, K, D, call.self_term,
+      packed(in(m)) && packed(in(tangent)));
   check_launch(call.op);
 }
 
