@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastgan
+from fastgan.training.networks import GroupedBlock
 
 LATENT, FEATURES = 64, 128
 KERNELS, KERNEL_DIMS = 64, 16
@@ -245,34 +246,16 @@ class Gan:
             self.update(role, batch, watch)
 
 
-class ResidualBlock(nn.Module):
-    """R3GAN's block: 1x1, grouped 3x3, 1x1 convolutions, no normalisation."""
-
-    def __init__(self, channels: int, groups: int):
-        super().__init__()
-        wide = 2 * channels
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, wide, 1),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(wide, wide, 3, padding=1, groups=groups),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(wide, channels, 1, bias=False),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
-
-
 class Critic(nn.Sequential):
     """Residual blocks at 8x8 and 4x4 with bilinear downsampling between, as in R3GAN (Huang et al. 2024)."""
 
     def __init__(self, channels: int = 32, groups: int = 4):
         super().__init__(
             nn.Conv2d(1, channels, 3, padding=1),
-            ResidualBlock(channels, groups),
+            GroupedBlock(channels, groups),
             nn.Upsample(scale_factor=0.5, mode="bilinear"),
             nn.Conv2d(channels, 2 * channels, 1),
-            ResidualBlock(2 * channels, groups),
+            GroupedBlock(2 * channels, groups),
             nn.Conv2d(2 * channels, 2 * channels, 4, groups=2 * channels, bias=False),
             nn.Flatten(),
             nn.Linear(2 * channels, 1, bias=False),

@@ -33,23 +33,12 @@ class Options(GANOptions):
     groups: int = 2  # of the 3x3 convolutions
 
 
-class Block(nn.Module):
-    """Residual block, twice as wide inside; its last convolution starts at 0."""
+class Block(networks.GroupedBlock):
+    """Its last convolution starts at 0: the block as the identity."""
 
     def __init__(self, channels: int, groups: int):
-        super().__init__()
-        wide = 2 * channels
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, wide, 1),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(wide, wide, 3, padding=1, groups=groups),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(wide, channels, 1, bias=False),
-        )
+        super().__init__(channels, groups)
         nn.init.zeros_(self.body[-1].weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
 
 
 def resampled(inputs: int, outputs: int, factor: float) -> list[nn.Module]:

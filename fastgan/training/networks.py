@@ -163,6 +163,24 @@ class ResGenerator(nn.Module):
         return self.image(functional.relu(self.norm(h))).tanh()
 
 
+class GroupedBlock(nn.Module):
+    """R3GAN's residual block: 1x1, grouped 3x3 and 1x1 convolutions, twice as wide inside, no normalisation."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        wide = 2 * channels
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, wide, 1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(wide, wide, 3, padding=1, groups=groups),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(wide, channels, 1, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
 class DownBlock(nn.Module):
     """Residual block of two spectrally normalised convolutions; ``half`` halves the side. ``first``: of an image, no ReLU."""
 
