@@ -9,21 +9,26 @@ ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 
 
+def _key(row: dict) -> tuple:
+    return row["op"], row["shape"], row["mode"], row.get("kind")
+
+
 def section(name: str, results: dict) -> list[str]:
     machine = results["tuned"]["machine"]
     lines = [
         f"{machine['processor']}, {machine['instructions']}, {machine['threads']} threads, torch {machine['torch']}; "
-        f"times in ms, allocator tuned / default (`benchmarks/results/{name}`).",
+        f"times in ms, allocator tuned / default (–: not measured; `benchmarks/results/{name}`).",
         "",
         "| operator | shape | mode | fastgan | best alternative | speed-up | over the others | peak MiB, fastgan / best |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for tuned, default in zip(results["tuned"]["cases"], results["default"]["cases"], strict=True):
-        rows = (tuned, default)
-        best, fastest = tuned["best"], [row.get("ours", OURS) for row in (tuned, default)]
+    defaults = {_key(row): row for row in results["default"]["cases"]}
+    for tuned in results["tuned"]["cases"]:
+        rows = (tuned, defaults.get(_key(tuned)))
+        best, fastest = tuned["best"], [row.get("ours", OURS) for row in rows if row]
 
         def both(pick, form, rows=rows):
-            return " / ".join(form.format(pick(row)) for row in rows)
+            return " / ".join(form.format(pick(row)) if row else "–" for row in rows)
 
         ours = both(lambda row: row["seconds"][row.get("ours", OURS)]["median"] * 1e3, "{:.2f}")
         ours += "".join(dict.fromkeys(name.removeprefix(OURS) for name in fastest))
