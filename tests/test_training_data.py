@@ -394,3 +394,14 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch, module, spec):
         spec = str(tmp_path)
     with pytest.raises(ValueError, match=f"pip install {module}"):
         data.load(spec, 8)
+
+
+@pytest.mark.parametrize("name", ["digits", "ring", "glyphs", "photos", "drawings"])
+def test_samples_are_float32_whatever_the_default(name):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        batch = data.load(name, 8).__getitems__([0, 1])
+    finally:
+        torch.set_default_dtype(before)
+    assert {value.dtype for value in batch.values() if value.is_floating_point()} == {torch.float32}

@@ -17,7 +17,9 @@ class Source(Dataset):
     skipped: tuple[str, ...] = ()
 
     def __init__(self, name: str, tensors: dict[str, Tensor], class_names: tuple[str, ...] = ()):
-        self.name, self.tensors, self.class_names = name, tensors, class_names
+        self.name, self.class_names = name, class_names
+        # in float32 whatever the default dtype was when they were made
+        self.tensors = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
         self.shape = tuple(tensors["image"].shape[1:])
 
     @property
