@@ -1,8 +1,17 @@
 """Checks that several functions share: errors name the argument, what came, what is expected and the way out."""
 
+import difflib
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from fastgan._dtypes import FLOATS
+
+
+def near_or_known(name: str, names: Iterable[str]) -> str:
+    """What may have been meant by ``name``, or where nothing is near it all ``names``: the end of a message."""
+    near = difflib.get_close_matches(name, names, 3)
+    return f"near: {', '.join(near)}" if near else f"known: {', '.join(names)}"
 
 
 def check_tensor(function: str, name: str, value, shape: str) -> None:

@@ -1,8 +1,9 @@
 """Every GAN that ``fastgan train`` knows: one short file each, with a class ``Recipe``. The docstring says what is special."""
 
-import difflib
 import importlib
 import pkgutil
+
+from fastgan._checks import near_or_known
 
 
 def names() -> list[str]:
@@ -13,8 +14,7 @@ def names() -> list[str]:
 def get(name: str):
     """The class ``Recipe`` of a name; ValueError with the nearest ones where there is none."""
     if name not in names():
-        near = difflib.get_close_matches(name, names(), 3)
-        raise ValueError(f"no recipe {name!r}; {'near: ' + ', '.join(near) if near else 'known: ' + ', '.join(names())}")
+        raise ValueError(f"no recipe {name!r}; {near_or_known(name, names())}")
     return importlib.import_module(f"{__name__}.{name}").Recipe
 
 

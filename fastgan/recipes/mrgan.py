@@ -11,7 +11,6 @@ Che et al., "Mode regularized generative adversarial networks", 2017.
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch.nn.functional import mse_loss
 
 from fastgan.training.recipe import GAN, GANOptions, Player
@@ -50,7 +49,6 @@ class Recipe(GAN):
         }
 
     def evaluate(self, n=2000):
-        rows = torch.linspace(0, len(self.source) - 1, min(n, len(self.source))).long().tolist()
-        real = self.source.__getitems__(rows)["image"].to(self.device)
+        real = self.source.spread(min(n, len(self.source)))["image"].to(self.device)
         error = mse_loss(self.generator(self.encoder(real)), real).item()
         return super().evaluate(n) | {"reconstruction_error": error}

@@ -76,26 +76,24 @@ class ConvGenerator(nn.Module):
 class ConvCritic(nn.Module):
     """Images to a score (B, 1): convolutions halve down to 4x4. A label enters by projection (Miyato, Koyama, 2018).
 
-    ``norm``: a factory of a layer over c channels, after every convolution but the first. ``spectral``: all weights are
-    spectrally normalised. ``features`` gives what the score is linear in. ``outputs``: more numbers than one, for an encoder.
+    ``norm``: a factory of a layer over c channels, after every convolution but the first. ``features`` gives what the score is
+    linear in. ``outputs``: more numbers than one, for an encoder.
     """
 
-    def __init__(self, shape: Shape, width: int, classes: int = 0, norm=None, spectral: bool = False, outputs: int = 1):
+    def __init__(self, shape: Shape, width: int, classes: int = 0, norm=None, outputs: int = 1):
         super().__init__()
-        normalised = fastgan.spectral_norm if spectral else lambda layer: layer
         channels = width
-        layers = [normalised(nn.Conv2d(shape[0], width, 3, padding=1)), nn.LeakyReLU(0.2)]
+        layers = [nn.Conv2d(shape[0], width, 3, padding=1), nn.LeakyReLU(0.2)]
         for _ in range(doublings(shape)):
-            layers.append(normalised(nn.Conv2d(channels, channels * 2, 4, 2, 1)))
+            layers.append(nn.Conv2d(channels, channels * 2, 4, 2, 1))
             channels *= 2
             layers += [*([norm(channels)] if norm else []), nn.LeakyReLU(0.2)]
         self.body = nn.Sequential(*layers, nn.Flatten())
         self.feature_count = channels * 16
-        self.score = normalised(nn.Linear(self.feature_count, outputs))
+        self.score = nn.Linear(self.feature_count, outputs)
         self.label = nn.Embedding(classes, self.feature_count) if classes else None
         if classes:
             nn.init.normal_(self.label.weight, std=0.02)
-            self.label = normalised(self.label)
 
     def features(self, x: Tensor) -> Tensor:
         """(B, feature_count)."""

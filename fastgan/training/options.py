@@ -1,13 +1,14 @@
 """Options of a recipe: dataclass fields, changed by ``name=value``."""
 
 import dataclasses
-import difflib
 import inspect
 import re
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
+
+from fastgan._checks import near_or_known
 
 
 @dataclass
@@ -56,10 +57,7 @@ def parse(kind: type[Options], settings: Iterable[str]) -> Options:
         if not equals:
             raise ValueError(f"--set {setting}: expected name=value")
         if name not in hints:
-            near = difflib.get_close_matches(name, hints, 3)
-            raise ValueError(
-                f"--set {name}: no such option; {'near: ' + ', '.join(near) if near else 'known: ' + ', '.join(hints)}"
-            )
+            raise ValueError(f"--set {name}: no such option; {near_or_known(name, hints)}")
         values[name] = _convert(name, text, hints[name])
     return kind(**values)
 

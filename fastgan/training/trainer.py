@@ -76,10 +76,14 @@ class Trainer:
         self.autocast = (lambda: torch.autocast(self.device.type, half)) if amp else nullcontext
         recipe.scaler = self.scaler = torch.amp.GradScaler() if amp and half == torch.float16 else None
         recipe.compile, recipe.step = compile, 0
-        self.batches = Batches(recipe.training_source, batch_size, seed, processes.rank, processes.world, workers=workers)
+        self.batches = self._batches()
         self.losses: dict[str, Tensor] = {}
         self.values: dict[str, float] = {}  # the losses when they were last looked at
         torch.manual_seed(seed + processes.rank)  # from here on ranks draw different noise
+
+    def _batches(self, start: int = 0) -> Batches:
+        source, p = self.recipe.training_source, self.processes
+        return Batches(source, self.batch_size, self.seed, p.rank, p.world, start=start, workers=self.workers)
 
     def _optimizer(self, player: Player) -> torch.optim.Optimizer:
         o = self.recipe.options
@@ -228,8 +232,7 @@ class Trainer:
         recipe, states = self.for_sampling(), checkpoint.pack_random()
         torch.manual_seed(self.seed)
         n = SHOWN_POINTS if points else SHOWN
-        rows = torch.linspace(0, len(self.source) - 1, n).long().tolist()
-        batch = {key: value.to(self.device) for key, value in self.source.__getitems__(rows).items()}
+        batch = {key: value.to(self.device) for key, value in self.source.spread(n).items()}
         samples = recipe.show(batch, n)
         checkpoint.unpack_random(states)
         self.back_to_training()
@@ -290,16 +293,7 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.done = state["step"]
         self.losses = {name: torch.tensor(value, dtype=torch.float64) for name, value in state["losses"].items()}
-        p = self.processes
-        self.batches = Batches(
-            self.recipe.training_source,
-            self.batch_size,
-            self.seed,
-            p.rank,
-            p.world,
-            start=state["batches"],
-            workers=self.workers,
-        )
+        self.batches, p = self._batches(start=state["batches"]), self.processes
         own = {key.partition(".")[2]: value for key, value in tensors["training"].items() if key.startswith(f"rank{p.rank}.")}
         if own:
             checkpoint.unpack_random(own)

@@ -120,10 +120,9 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int, norm=None):
         super().__init__()
-        normalised = [norm(channels)] if norm else []
         self.body = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1, bias=not norm),
-            *normalised,
+            *([norm(channels)] if norm else []),
             nn.ReLU(),
             nn.Conv2d(channels, channels, 3, padding=1, bias=not norm),
             *([norm(channels)] if norm else []),

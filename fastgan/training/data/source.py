@@ -40,6 +40,10 @@ class Source(Dataset):
             batch["image"] = batch["image"].float().div_(127.5).sub_(1)
         return batch
 
+    def spread(self, n: int) -> dict[str, Tensor]:
+        """``n`` samples from the first to the last, evenly; some again where there are fewer."""
+        return self.__getitems__(torch.linspace(0, len(self) - 1, n).long().tolist())
+
 
 class Domains(Source):
     """Two sources side by side, without pairs: "image" of one and "other" of the other. The shorter one is repeated."""
