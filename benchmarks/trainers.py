@@ -107,6 +107,32 @@ class Sngan(Trainer):
         return generator.compute_gan_loss(output=critic(generator(self.noise(real))))
 
 
+class BigGAN(Trainer):
+    """BigGAN.py: class-conditional residual networks, their own spectral norm in every layer of both, hinge loss."""
+
+    repository, batch, latent, betas = "ajbrock/BigGAN-PyTorch", 16, 64, (0.0, 0.999)
+
+    def __init__(self, folder):
+        sys.path.insert(0, str(folder))
+        networks, self.losses = importlib.import_module("BigGAN"), importlib.import_module("losses")
+        self.generator = networks.Generator(G_ch=32, dim_z=self.latent, resolution=32, G_attn="0", n_classes=10)
+        self.critic = networks.Discriminator(D_ch=32, resolution=32, D_attn="0", n_classes=10)
+        self.data = digits(32, 3)
+
+    def _fake(self, generator, real):
+        labels = torch.randint(10, (len(real),))
+        return generator(self.noise(real), generator.shared(labels)), labels
+
+    def critic_loss(self, generator, critic, real):
+        with torch.no_grad():
+            fake, labels = self._fake(generator, real)
+        scores = critic(torch.cat([fake, real]), torch.cat([labels, torch.randint(10, (len(real),))]))
+        return sum(self.losses.discriminator_loss(*scores.split(len(real))))
+
+    def generator_loss(self, generator, critic, real):
+        return self.losses.generator_loss(critic(*self._fake(generator, real)))
+
+
 class StyleGAN2(Trainer):
     """model.py and train.py: stddev in the critic, R1 by d_r1_loss at every step, non-saturating loss."""
 
@@ -199,7 +225,7 @@ class CTGAN(Trainer):
         return -critic(generator(self.noise(real))).mean()
 
 
-TRAINERS = {"wgan-gp": WganGP, "sngan": Sngan, "stylegan2": StyleGAN2, "r3gan": R3GAN, "ctgan": CTGAN}
+TRAINERS = {"wgan-gp": WganGP, "sngan": Sngan, "biggan": BigGAN, "stylegan2": StyleGAN2, "r3gan": R3GAN, "ctgan": CTGAN}
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastgan
 from fastgan.critic import second_order
-from fastgan.dropin import layers
+from fastgan.dropin import served
 
 torch.set_num_threads(1)
 
@@ -315,12 +315,12 @@ def test_copies_are_accelerated_and_can_be_restored(way):
         torch.save(ours, file)
         file.seek(0)
         copied = torch.load(file, weights_only=False)
-    assert layers.is_served(copied.mbd) and isinstance(copied.mbd, MinibatchDiscrimination1d)
+    assert served.is_served(copied.mbd) and isinstance(copied.mbd, MinibatchDiscrimination1d)
     assert second_order.note_at_output in copied._forward_hooks.values()
     assert_same_step(copied, plain, wgan_gp, pair(seed=2))
     fastgan.restore(copied)
     assert type(copied.mbd) is MinibatchDiscrimination1d
-    assert layers.is_served(ours.mbd), "the original is another model"
+    assert served.is_served(ours.mbd), "the original is another model"
     wgan_gp(plain, *pair(seed=3)), wgan_gp(copied, *pair(seed=3))
 
 
@@ -831,8 +831,8 @@ def test_verify_refuses_a_swap_that_differs(monkeypatch, kind, where):
             return right(base, kind_, options)
         return type(base.__name__, (base,), {"forward": lambda self, x: base.forward(self, x) * 1.01, "_fastgan_base": base})
 
-    right = layers.served
-    monkeypatch.setattr(layers, "served", slightly_wrong)
+    right = served.served
+    monkeypatch.setattr(served, "served", slightly_wrong)
     model = Everything().double()
     before = inventory(model)
     report = fastgan.accelerate(model, verify=True, example_inputs=pair()[0])

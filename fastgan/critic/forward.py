@@ -28,7 +28,10 @@ def owner(critic):
 
 
 class Snapshot:
-    """Buffers of a critic and the random state of the devices in use, to be put back later."""
+    """Buffers of a critic and the random state of the devices in use, to be put back later.
+
+    So are parameters that are vectors and not trained: several libraries keep u and v of spectral norm in such.
+    """
 
     def __init__(self, critic, device):
         module = critic if isinstance(critic, torch.nn.Module) else getattr(critic, "__self__", None)
@@ -37,7 +40,10 @@ class Snapshot:
         self.take()
 
     def take(self):
-        self.buffers = [(b, b.clone()) for b in self.module.buffers()] if self.module is not None else []
+        self.buffers = []
+        if self.module is not None:
+            vectors = (p for p in self.module.parameters() if p.dim() == 1 and not p.requires_grad)
+            self.buffers = [(b, b.detach().clone()) for b in (*self.module.buffers(), *vectors)]
         self.cpu_state = torch.get_rng_state()
         self.cuda_state = torch.cuda.get_rng_state(self.cuda) if self.cuda is not None else None
 

@@ -3,20 +3,17 @@
 import torch
 from torch import nn
 
-from fastgan.dropin import layers, probe, second_order, spectral
+from fastgan.dropin import layers, probe, second_order, served, spectral, spectral_layers
 from fastgan.dropin.report import Replaced, Report, Skipped
 from fastgan.dropin.swap import Swap
-
-#: other libraries' spectral norm: class and the attribute that tells it
-_OTHER_SPECTRAL = {
-    "SpectralNorm": "module", "SpectralNorm2d": "w_bar", "SNConv2d": "weight", "SNLinear": "weight", "SNEmbedding": "weight",
-}  # fmt: skip
 
 
 def accelerate(model: nn.Module, *, verify: bool = False, example_inputs=None) -> Report:
     """Let fastgan serve what it can of a model, anywhere in its tree, in place and without touching its numbers.
 
     * torch's spectral norm, hook and parametrization: fastgan's, with the same parameters, buffers, keys and order of hooks.
+    * Spectral norm in layers of BigGAN-PyTorch, mimicry, torchgan and christiancosgrove's much copied wrapper: recognised by
+      structure and a probe of value, gradient and what becomes of u and v, in training and in evaluation.
     * Minibatch discrimination (torchgan's, improved-gan's and their like) and minibatch standard deviation (StyleGAN's,
       pytorch_GAN_zoo's, mmgeneration's): recognised by name, structure and a numeric probe with two derivatives.
     * Gradient penalties that *you* write, with ``autograd.grad(..., create_graph=True)``: double backward no longer runs
@@ -45,9 +42,9 @@ def accelerate(model: nn.Module, *, verify: bool = False, example_inputs=None) -
     inputs = probe.example_for(model, example_inputs) if verify else None
     report = Report()
     swaps = []
-    for found in [*spectral.find(model), *layers.find(model), *second_order.find(model)]:
+    for found in [*spectral.find(model), *spectral_layers.find(model), *layers.find(model), *second_order.find(model)]:
         (swaps if isinstance(found, Swap) else report.skipped).append(found)
-    report.skipped += [*_other_spectral(model), *_compiled(model)]
+    report.skipped += _compiled(model)
     before = probe.observe(model, inputs) if verify else None
     for swap in swaps:
         swap.apply()
@@ -83,18 +80,6 @@ def _verified(model, inputs, before, swaps, report) -> list[Swap]:
     return kept
 
 
-def _other_spectral(model) -> list[Skipped]:
-    return [
-        Skipped(
-            name,
-            type(module).__name__,
-            "another library's spectral norm; a model made with fastgan.spectral_norm loads its checkpoints",
-        )
-        for name, module in model.named_modules()
-        if hasattr(module, _OTHER_SPECTRAL.get(type(module).__name__, "?"))
-    ]
-
-
 def _compiled(model) -> list[Skipped]:
     why = "compiled already, and runs what was compiled: accelerate the model first, then torch.compile it"
     return [Skipped(name, type(m).__name__, why) for name, m in model.named_modules() if hasattr(m, "_orig_mod")]
@@ -116,7 +101,7 @@ def restore(model: nn.Module) -> nn.Module:
     for take_back in undo:
         take_back()
     for module in model.modules():
-        if layers.is_served(module):
-            layers.undo(module)
+        if served.is_served(module):
+            served.undo(module)
         second_order.unhook(module)
     return model

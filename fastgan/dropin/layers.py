@@ -1,8 +1,7 @@
 """Minibatch features of other libraries: recognised by name, structure and a numeric probe, and served by fastgan's operators.
 
-A layer keeps its class's name, attributes and parameters: it becomes an instance of a subclass, made here, of its own
-class, with another ``forward``. What the forward has to compute is not taken from the name: candidates are tried against the
-layer itself on small random batches, with first and second derivatives, and one that agrees in everything is taken.
+What the forward has to compute is not taken from the name: candidates are tried against the layer itself on small random
+batches, with first and second derivatives, and one that agrees in everything is taken.
 """
 
 import functools
@@ -13,7 +12,7 @@ from torch import nn
 
 from fastgan.critic.forward import Snapshot
 from fastgan.dropin.report import Skipped
-from fastgan.dropin.swap import Swap
+from fastgan.dropin.served import METHODS, is_served, swap
 from fastgan.functional import minibatch_discrimination, minibatch_stddev
 from fastgan.nn import MinibatchDiscrimination, MinibatchStdDev
 
@@ -40,43 +39,8 @@ def _discrimination(layer, x, *, weight, kernels, dims, self_term, mean, place, 
     return torch.cat([x, features], 1) if place == "after" else torch.cat([features, x], 1) if place == "before" else features
 
 
-_FORWARDS = {"stddev": _stddev, "discrimination": _discrimination}
+METHODS |= {"stddev": ("forward", _stddev), "discrimination": ("forward", _discrimination)}
 _BY = {"stddev": "fastgan.minibatch_stddev", "discrimination": "fastgan.minibatch_discrimination"}
-
-
-@functools.cache
-def served(base: type, kind: str, options: tuple) -> type:
-    """The subclass of a layer's class whose forward is fastgan's."""
-
-    def forward(self, x):
-        return _FORWARDS[kind](self, x, **dict(options))
-
-    members = {
-        "forward": forward,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        "_fastgan_base": base,
-    }
-    if base.__reduce_ex__ is object.__reduce_ex__ and base.__reduce__ is object.__reduce__:  # else it knows a way of its own
-        members["__reduce_ex__"] = lambda self, protocol: (_new, (base, kind, options), nn.Module.__getstate__(self))
-        if not hasattr(nn.Module, "__getstate__"):  # before Python 3.11
-            members["__reduce_ex__"] = lambda self, protocol: (_new, (base, kind, options), self.__dict__)
-    return type(base.__name__, (base,), members)
-
-
-def _new(base, kind, options):
-    """For copies and pickles."""
-    cls = served(base, kind, options)
-    return cls.__new__(cls)
-
-
-def is_served(module: nn.Module) -> bool:
-    return "_fastgan_base" in type(module).__dict__
-
-
-def undo(module: nn.Module) -> None:
-    module.__class__ = type(module)._fastgan_base
 
 
 def find(model: nn.Module):
@@ -95,18 +59,12 @@ def find(model: nn.Module):
         if isinstance(options, str):
             yield Skipped(name, type(module).__name__, options)
         else:
-            yield _swap(name, module, kind, options)
+            yield swap(name, module, kind, _by(kind, options), options)
 
 
-def _swap(name, module, kind, options):
-    base = type(module)
+def _by(kind, options) -> str:
     chosen = {k: v for k, v in options.items() if k in ("self_term", "mean", "layout", "unbiased", "remainder", "log_scale")}
-    text = ", ".join(f"{k}={v!r}" for k, v in chosen.items() if v not in (None, False))
-
-    def apply():
-        module.__class__ = served(base, kind, tuple(sorted(options.items())))
-
-    return Swap(name, base.__name__, f"{_BY[kind]}({text})", apply, lambda: undo(module))
+    return f"{_BY[kind]}({', '.join(f'{k}={v!r}' for k, v in chosen.items() if v not in (None, False))})"
 
 
 def _looks_like(module) -> str | None:
@@ -137,7 +95,7 @@ def _recognise(module, kind) -> dict | str:
             candidates, batches = (_stddev_candidates if kind == "stddev" else _discrimination_candidates)(module)
             wanted = [_derivatives(module, module, x) for x in batches]
             for options in candidates:
-                if all(w is None or _agree(w, _ours(module, kind, options, x)) for w, x in zip(wanted, batches, strict=True)):
+                if all(w is None or agree(w, _ours(module, kind, options, x)) for w, x in zip(wanted, batches, strict=True)):
                     return options
     finally:
         state.restore()
@@ -146,7 +104,7 @@ def _recognise(module, kind) -> dict | str:
 
 def _ours(module, kind, options, x):
     try:
-        return _derivatives(module, functools.partial(_FORWARDS[kind], module, **options), x)
+        return _derivatives(module, functools.partial(METHODS[kind][1], module, **options), x)
     except (ValueError, RuntimeError):
         return None
 
@@ -168,7 +126,7 @@ def _derivatives(module, function, x):
     return y, *first, *torch.autograd.grad(first[0].square().sum(), wrt, allow_unused=True)
 
 
-def _agree(wanted, got) -> bool:
+def agree(wanted, got) -> bool:
     if got is None or len(wanted) != len(got):
         return False
     for a, b in zip(wanted, got, strict=True):

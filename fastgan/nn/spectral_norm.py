@@ -89,7 +89,7 @@ def normalise(
     given = u, v
     if weight.dtype in (torch.float16, torch.bfloat16):
         u, v = u.float(), v.float()
-    normalised, *new = _ops.normalise_one(weight, u, v, dim, n_power_iterations, eps, v_first, target, at_most)
+    normalised, *new, _ = _ops.normalise_one(weight, u, v, dim, n_power_iterations, eps, v_first, target, at_most)
     if n_power_iterations:
         torch._foreach_copy_(given, new)
     return normalised

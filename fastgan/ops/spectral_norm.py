@@ -381,18 +381,19 @@ def _for_compiler(weight, u, v, dim, n_power_iterations, eps, v_first, target, a
     u, v, sigma = sigma_alone(weight, u, v, dim, n_power_iterations, eps, v_first)
     active = ~(sigma <= target) if at_most else sigma != 0
     # A quotient's derivative is of what came out, which has the layout of its gradient.
-    return (weight.to(sigma.dtype) / torch.where(active, sigma / target, 1.0)).to(weight.dtype), u, v
+    return (weight.to(sigma.dtype) / torch.where(active, sigma / target, 1.0)).to(weight.dtype), u, v, sigma
 
 
-def normalise_one(weight: Tensor, u: Tensor, v: Tensor, dim: int, *iteration) -> tuple[Tensor, Tensor, Tensor]:
-    """(normalised, u, v): ``forward`` without sigma."""
+def normalise_one(weight: Tensor, u: Tensor, v: Tensor, dim: int, *iteration) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``forward`` with a sigma that is a constant."""
     if not _plain_eager():
-        return (_for_compiler if torch.compiler.is_compiling() else forward)(weight, u, v, dim, *iteration)[:3]
+        *found, sigma = (_for_compiler if torch.compiler.is_compiling() else forward)(weight, u, v, dim, *iteration)
+        return *found, sigma.detach()
     with torch._C._AutoDispatchBelowAutograd():
         computed = forward(weight, u, v, dim, *iteration)
     if weight.requires_grad and torch.is_grad_enabled():
-        return _apply_one(computed, (dim, *iteration[3:]), weight), *computed[1:3]
-    return computed[:3]
+        return _apply_one(computed, (dim, *iteration[3:]), weight), *computed[1:]
+    return computed
 
 
 def normalise_many(weights: list[Tensor], u: list[Tensor], v: list[Tensor], dims: list[int], *iteration):
