@@ -555,6 +555,26 @@ def test_own_penalty_code_costs_ten_units_instead_of_twelve(name):
     assert alone[0] <= 4.1 and alone[1] > 5.5, alone
 
 
+def test_small_perceptrons_are_let_be(monkeypatch):
+    """Looking for zeros costs more than they do; now and then it is tried again, and other shapes have their own count."""
+    monkeypatch.setattr(second_order, "SLIGHT_BELIEVED", 3)
+    ours, plain, _ = twins(lambda: mlp(40, 32))
+    data = pair((6, 40))
+    with torch.no_grad():
+        unit = flops(lambda: plain(data[0]))
+    cost = lambda model, data=data: flops(lambda: penalty_alone(model, *data)) / unit  # noqa: E731
+    most = cost(plain)
+    found = [cost(ours) for _ in range(second_order.SLIGHT_SURE + 6)]
+    sure, after = found[: second_order.SLIGHT_SURE], found[second_order.SLIGHT_SURE :]
+    assert max(sure) < most - 1.5
+    assert after[:3] == [most] * 3 and min(after) < most - 1.5 and after.count(most) > 3, after
+    assert cost(ours, [x.repeat(2, 1) for x in data]) / 2 < most - 1.5
+    assert_same_step(ours, plain, penalty_alone, data)
+    monkeypatch.setattr(second_order, "SLIGHT", 1)
+    large = copy.deepcopy(ours)
+    assert max(cost(large) for _ in range(second_order.SLIGHT_SURE + 2)) < most - 1.5
+
+
 FURTHER = {
     "abs of a spectrum": lambda: critics.with_layer(critics.Lambda(lambda x: torch.fft.rfft2(x).abs())),
     "avg pool in one dimension": lambda: critics.with_layer(nn.Sequential(nn.Flatten(2), nn.AvgPool1d(3), nn.MaxPool1d(2))),

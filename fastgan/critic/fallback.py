@@ -35,7 +35,7 @@ def seed_like(score, value):
 def input_gradient(forward, weights, scale=1.0, create_graph=False):
     """Gradient of the weighted sum of scores with respect to the input; float32 if scaled."""
     if create_graph and not forward.traced:
-        second_order.note(forward.scores, [forward.x])
+        second_order.note(forward.scores, [forward.x], forward.critic)
     scores, seeds = [], []
     for s, w in zip(forward.scores, weights, strict=False):
         if s.requires_grad:

@@ -11,7 +11,9 @@ graph consists of stay as they are. Parameters that nothing but those zeros woul
 that ``.grad`` is None or 0 for the same parameters as without.
 """
 
+import math
 import threading
+import weakref
 
 import torch
 from torch import nn
@@ -34,6 +36,11 @@ _EMITTERS = {
 }
 #: products: a parameter beside an input-dependent factor gets a gradient of its own
 _FACTORS = {"Convolution": (0, 1), "Addmm": (1, 2), "Mm": (0, 1), "Bmm": (0, 1), "Baddbmm": (1, 2), "Mul": (0, 1), "Mv": (0, 1)}
+#: Below so many multiply-adds of a perceptron on a CPU, zeros cost less than looking for them: measured at 64 to 512 features.
+SLIGHT = 1 << 23
+SLIGHT_SURE, SLIGHT_BELIEVED = 16, 1024  # graphs of a kind until that is believed, and after which one is looked at again
+_MOST_SHAPES = 64
+_slight = weakref.WeakKeyDictionary()  # module -> {shapes of its inputs: how many such graphs}
 _NOTE, _SEEN = "fastgan: output of", "fastgan: looked at"
 _TWICE = "Trying to backward through the graph of a gradient a second time; specify retain_graph=True the first time"
 
@@ -145,13 +152,15 @@ def _special() -> bool:
 class _Region:
     """The graph between a module's outputs and its inputs."""
 
-    def __init__(self, read, emits, inputs):
+    def __init__(self, read, emits, inputs, kinds, shapes):
         #: what the output's node reads. Nothing here refers to that node itself, which would keep itself alive.
         self.read = read
         #: whether that node is an emitter, and what is below it then: a list that its hook has too
         self.emits, self.below_output = emits, []
         #: edge -> input tensor
         self.inputs = inputs
+        #: of the module's :data:`_slight`, and the key there
+        self.kinds, self.shapes = kinds, shapes
         self.looked = False
 
     def __call__(self, grads):
@@ -175,6 +184,10 @@ class _Region:
             if any(edge in self.inputs or edge[0] in dependent for edge in edges[node]):
                 dependent.add(node)
         self.ops = {node: _op(node.name()) for node in dependent}
+        if self.kinds is not None and _is_slight(self.ops):
+            if len(self.kinds) >= _MOST_SHAPES:
+                self.kinds.clear()
+            self.kinds[self.shapes] = self.kinds.get(self.shapes, 0) + 1
         if self.emits:
             self.below_output[:] = self.below(self.read[0])
         for node in self.ops:
@@ -219,6 +232,30 @@ class _Region:
         return found
 
 
+def _is_slight(ops: dict) -> bool:
+    """A perceptron of so few multiply-adds that its zeros may stay."""
+    work = 0
+    for node, op in ops.items():
+        if op in ("Convolution", "Bmm", "Baddbmm"):
+            return False
+        if op in ("Addmm", "Mm"):
+            output = node._input_metadata[0]
+            if output.device.type != "cpu":
+                return False
+            inner = (node._saved_mat1_sym_sizes if op == "Addmm" else node._saved_self_sym_sizes)[1]
+            work += math.prod(output.shape) * inner
+    return 0 < work < SLIGHT
+
+
+def _let_be(kinds: dict, shapes) -> bool:
+    """Are graphs of this kind known to be slight? Now and then one is looked at again: a module may change."""
+    count = kinds.get(shapes, 0)
+    if count < SLIGHT_SURE:
+        return False
+    kinds[shapes] = count + 1 if count < SLIGHT_SURE + SLIGHT_BELIEVED else SLIGHT_SURE - 1
+    return True
+
+
 def _tensors(tree) -> list:
     if isinstance(tree, torch.Tensor):
         return [tree]
@@ -252,13 +289,19 @@ def note_at_output(module: nn.Module, args, kwargs, output) -> None:
     if depth == 0 and torch.is_grad_enabled():
         inputs = [t for t in _tensors(args) + _tensors(kwargs) if t.requires_grad]
         if inputs:
-            note(_tensors(output), inputs)
+            note(_tensors(output), inputs, module)
 
 
-def note(outputs: list, inputs: list) -> None:
-    """What is differentiated twice from here on, between ``outputs`` and ``inputs``, is so without zeros."""
+def note(outputs: list, inputs: list, owner: nn.Module | None = None) -> None:
+    """What is differentiated twice from here on, between ``outputs`` and ``inputs``, is so without zeros; unless this has been
+    found not to pay for ``owner``, whose outputs they are."""
     if not inputs or _special():
         return
+    kinds = shapes = None
+    if isinstance(owner, nn.Module):
+        kinds, shapes = _slight.setdefault(owner, {}), tuple(t.shape for t in inputs)
+        if _let_be(kinds, shapes):
+            return
     edges = _edges_of(inputs)
     for node in {t.grad_fn for t in outputs} - {None}:
         known = node.metadata.get(_NOTE)
@@ -266,7 +309,7 @@ def note(outputs: list, inputs: list) -> None:
             known.inputs = edges
         elif node.next_functions and not any(edge[0] is node for edge in edges):
             op = _op(node.name())
-            node.metadata[_NOTE] = region = _Region(node.next_functions, op in _EMITTERS, edges)
+            node.metadata[_NOTE] = region = _Region(node.next_functions, op in _EMITTERS, edges, kinds, shapes)
             node.register_prehook(region)
             if region.emits:
                 node.register_hook(_cut(_EMITTERS[op], region.below_output))
