@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgan.kernels import tuning
+
 _WARPS = 4
 _BLOCK_J = 32  # lanes of a warp take 32 samples j, warps take different i: the reduction over j stays within a warp
 _REGISTERS = 64  # of a thread, for values it keeps per row and component; tiles in flight take about as many again
@@ -212,7 +214,19 @@ def block_shape(B: int, K: int, D: int, vectors: int, programs: int = 1024) -> d
     rows = 8
     while rows > 1 and (rows * chunk * vectors > _REGISTERS or triton.cdiv(B, _WARPS * rows) * K < programs):
         rows //= 2
-    return {"CHUNK": chunk, "BLOCK_I": _WARPS * rows, "BLOCK_J": _BLOCK_J}
+    return {"CHUNK": chunk, "BLOCK_I": _WARPS * rows, "BLOCK_J": _BLOCK_J, "num_warps": _WARPS}
+
+
+def tiles(B: int, K: int, D: int, vectors: int, programs: int = 1024) -> list[dict[str, int]]:
+    """The rule's tile, and others that may be faster: more or fewer rows per thread, and threads."""
+    rule = block_shape(B, K, D, vectors, programs)
+    others = [
+        rule | {"BLOCK_I": warps * rows, "num_warps": warps}
+        for warps in (2, 4, 8)
+        for rows in (1, 2, 4, 8)
+        if rows == 1 or rows * rule["CHUNK"] * vectors <= 2 * _REGISTERS
+    ]
+    return [rule, *(tile for tile in others if tile != rule)]
 
 
 def _transposed(x: Tensor) -> Tensor:
@@ -231,12 +245,16 @@ def _check(m: Tensor, tensor: Tensor, dims: int) -> None:
 
 def _launch(kernel, m: Tensor, *arguments, vectors: int, per_component: bool, **constants) -> None:
     B, K, D = m.shape
-    blocks = block_shape(B, K, D, vectors, 1024 if m.is_cuda else 1)  # the interpreter runs one program at a time
-    chunks = triton.cdiv(D, blocks["CHUNK"]) if per_component else 1
-    grid = (triton.cdiv(B, blocks["BLOCK_I"]) * K * chunks,)
     accumulate = tl.float64 if m.dtype == torch.float64 else tl.float32
+
+    def run(tile):
+        chunks = triton.cdiv(D, tile["CHUNK"]) if per_component else 1
+        grid = (triton.cdiv(B, tile["BLOCK_I"]) * K * chunks,)
+        kernel[grid](*arguments, D=D, ACC=accumulate, **tile, **constants)
+
     with torch.cuda.device_of(m):
-        kernel[grid](*arguments, D=D, ACC=accumulate, num_warps=_WARPS, **blocks, **constants)
+        choice = tiles(B, K, D, vectors, 1024 if m.is_cuda else 1)  # the interpreter runs one program at a time
+        tuning.launch(kernel, (B, K, D, m.dtype), m.device, choice, run)
 
 
 def minibatch_discrimination(m: Tensor, self_term: bool) -> Tensor:

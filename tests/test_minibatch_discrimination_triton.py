@@ -97,6 +97,26 @@ def test_emulated_ptx(op, b, k, d, dtype, monkeypatch, record_property):
         assert error < {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
 
 
+@pytest.mark.parametrize("op", [op for op in references if op.startswith("minibatch_discrimination")])
+def test_every_tile_that_may_be_tuned_to(op, monkeypatch):
+    launches = emulate(monkeypatch, kernels)
+    values = inputs(op, (70, 1, 5), torch.float32)
+    expected = references[op](*(v.double() if isinstance(v, torch.Tensor) else v for v in values))
+    left = []
+
+    def one_after_another(kernel, shape, device, tiles, run):
+        if not launches:
+            left.extend(tiles)
+        run(left.pop())
+
+    monkeypatch.setattr(kernels.tuning, "launch", one_after_another)
+    while left or not launches:
+        got = getattr(kernels, op)(*values)
+        for ours, truth in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (got, expected)), strict=True):
+            assert (ours.double() - truth).abs().max() <= 2e-6 * truth.abs().max(), left
+    assert len(launches) > 6
+
+
 def test_a_kernel_without_its_bounds_fails(monkeypatch):
     broken(monkeypatch, kernels, "forward_kernel", "mask=i < n", "mask=i < n + 1")
     emulate(monkeypatch, kernels)
