@@ -155,7 +155,9 @@ def extension(kind: str) -> dict:
     cpp = CppExtension(
         "fastgan._C",
         sources=[
-            str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "module.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp")))
+            str(p.relative_to(ROOT))
+            for folder in ("", "cpu", *(["cuda"] if kind == "cuda" else []))
+            for p in sorted((ROOT / "csrc" / folder).glob("*.cpp"))
         ],
         include_dirs=includes,
         depends=[str(header)],

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "cuda.h"
+#include "device.h"
 #include "rows.h"
 
 namespace fastgan {
@@ -113,7 +114,7 @@ __global__ void __launch_bounds__(kBlock)
 void launch_scale(const char* op, const Device& device, const Rows& rows, const Tensor& factors, const Rows& out) {
   const int64_t pieces = pieces_of_row(rows.length);
   if (rows.count * rows.length == 0) return;
-  for_cuda_dtype(out.tensor.scalar_type(), [&](auto type) {
+  for_dtype(dtype_of(out.tensor.scalar_type()), [&](auto type) {
     using T = decltype(type);
     const bool packed = packs(rows.data, rows.stride, rows.count, sizeof(T)) && packs(out.data, out.stride, out.count, sizeof(T));
     const auto kernel = packed ? scale<T, kPacked<T>> : scale<T, 1>;
@@ -146,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& grads, std::str
   const ScalarType dtype = accumulate_dtype(grads.scalar_type());
   Tensor penalty = torch::stable::new_empty(grads, {}, dtype), norms = torch::stable::new_empty(grads, {N}, dtype);
   Tensor factors = torch::stable::new_empty(grads, {N}, dtype), sums = torch::stable::new_empty(grads, {N * pieces}, ScalarType::Double);
-  for_cuda_dtype(grads.scalar_type(), [&](auto type) {
+  for_dtype(dtype_of(grads.scalar_type()), [&](auto type) {
     using T = decltype(type);
     using A = typename Accumulate<T>::type;
     double* of_pieces = static_cast<double*>(sums.mutable_data_ptr());

@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "cuda.h"
+#include "device.h"
 
 namespace fastgan {
 namespace spectral_norm {
@@ -625,7 +626,7 @@ std::tuple<Tensors, Tensors, Tensors> run_forward(const char* op, const Tensors&
     Group group{{}, device, op};
     for (size_t i = 0; i < weights.size(); ++i)
       if (weights[i].scalar_type() == dtype) group.layers.push_back(layers[i]);
-    if (!group.layers.empty()) for_cuda_dtype(dtype, [&](auto type) { run_iterations<decltype(type)>(group, iteration, target); });
+    if (!group.layers.empty()) for_dtype(dtype_of(dtype), [&](auto type) { run_iterations<decltype(type)>(group, iteration, target); });
   }
   for (Weight& weight : each)
     if (iteration.write) results.push_back(weight.finish());
@@ -670,7 +671,7 @@ Tensors run_backward(const char* op, const Tensors& grads, const Tensors& weight
     Group group{{}, device, op};
     for (size_t i = 0; i < weights.size(); ++i)
       if (weights[i].scalar_type() == dtype) group.layers.push_back(layers[i]);
-    if (!group.layers.empty()) for_cuda_dtype(dtype, [&](auto type) { run_backward_kernels<decltype(type)>(group, target); });
+    if (!group.layers.empty()) for_dtype(dtype_of(dtype), [&](auto type) { run_backward_kernels<decltype(type)>(group, target); });
   }
   for (Weight& weight : each) results.push_back(weight.finish());
   return results;

@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "cuda.h"
+#include "device.h"
 #include "rows.h"
 
 namespace fastgan {
@@ -51,7 +52,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& t, const Tensor& a, const Tenso
   const Rows tangents = Rows::like(t, passed.work), activations = Rows::like(a, passed.work), first(passed.work), second(combined.work);
   const int64_t pieces = pieces_of_row(first.length);
   if (first.count * first.length)
-    for_cuda_dtype(t.scalar_type(), [&](auto type) {
+    for_dtype(dtype_of(t.scalar_type()), [&](auto type) {
       using T = decltype(type);
       using A = typename Accumulate<T>::type;
       bool packed = true;
