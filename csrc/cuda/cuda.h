@@ -51,9 +51,9 @@ struct Piece {
       : row(blockIdx.x / pieces), begin(blockIdx.x % pieces * kElements), end(min(length, begin + kElements)) {}
 };
 
-// May rows at these addresses be read in 16 bytes? Each begins a multiple of its stride after the first.
-inline bool packs(const void* data, int64_t stride, int64_t count, size_t size) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (count <= 1 || stride * size % 16 == 0);
+// May these rows be read in 16 bytes? Each begins a multiple of its stride after the first.
+template <class T> bool packs(const Strip& strip, int64_t rows) {
+  return reinterpret_cast<uintptr_t>(strip.data) % 16 == 0 && (rows <= 1 || strip.stride * sizeof(T) % 16 == 0);
 }
 
 // f(at, pack of N or 1) for this thread's share of what lies between begin and end: whole packs, then what is left.

@@ -4,6 +4,7 @@
 
 #include "common.h"
 #include "launch.h"
+#include "rows.h"
 
 namespace fastgan {
 
@@ -16,6 +17,8 @@ inline Dtype dtype_of(ScalarType dtype) {
     default: return Dtype::bfloat16;
   }
 }
+
+inline Strip strip(const Rows& rows) { return {rows.data, rows.stride}; }
 
 // The device of a tensor made current, and torch's stream on it.
 struct Device {
