@@ -29,7 +29,7 @@ CHOICES = ("auto", "python", "cpu", "cuda")
 
 
 def say(text: str) -> None:
-    print(f"fastgan: {text}", file=sys.stderr)
+    sys.stderr.write(f"fastgan: {text}\n")  # at once: compilers in threads say something too
 
 
 def find_nvcc() -> str | None:
