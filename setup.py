@@ -4,17 +4,23 @@ FASTGAN_BUILD        auto (default): what this machine can build; python: no nat
                      cuda: the C++ and CUDA kernels. Anything but auto fails loudly where it can't be had.
 FASTGAN_CUDA_ARCHS   compute capabilities, e.g. "80;90" (default 80;86;89;90;100, and PTX of the last)
 CUDA_HOME, NVCC      where nvcc is, when it is not on PATH. Neither a GPU nor a CUDA build of torch is needed.
+MAX_JOBS             compilers that run at once (default: a processor each)
 """
 
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import dropwhile
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 VERSION = (ROOT / "fastgan" / "_version.py").read_text().split('"')[1]
@@ -23,7 +29,7 @@ CHOICES = ("auto", "python", "cpu", "cuda")
 
 
 def say(text: str) -> None:
-    print(f"fastgan: {text}", file=sys.stderr)
+    sys.stderr.write(f"fastgan: {text}\n")  # at once: compilers in threads say something too
 
 
 def find_nvcc() -> str | None:
@@ -98,49 +104,81 @@ def cuda_flags() -> tuple[list[str], str]:
     return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"], "+".join(archs)
 
 
+@cache
+def content(path: str) -> bytes:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).digest()
+    except OSError:
+        return b""  # a header that is gone
+
+
+def fingerprint(command: list[str], depfile: Path) -> str:
+    """Of what an object was made by and from: the command, and every file that the compiler says it read."""
+    text = depfile.read_text().replace("\\\n", " ") if depfile.exists() else ""
+    read = shlex.split(text.partition(": ")[2])
+    return hashlib.sha256(repr([command, *((path, content(path)) for path in read)]).encode()).hexdigest()
+
+
+def compile_sources(commands: dict[Path, list[str]], folder: Path, jobs: int) -> list[str]:
+    """The objects of sources, made in this order by as many compilers at once, but for those that are as they would be made."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def make(source: Path) -> str:
+        name = source.relative_to(ROOT).as_posix()
+        output = folder / f"{name.replace('/', '.')}.{hashlib.sha256(repr(commands[source]).encode()).hexdigest()[:8]}.o"
+        depfile, record = output.with_suffix(".d"), output.with_suffix(".made")
+        command = [*commands[source], "-c", str(source), "-o", str(output), "-MMD", "-MF", str(depfile)]
+        if not (output.exists() and record.exists() and record.read_text() == fingerprint(command, depfile)):
+            say(f"compiling {name}")
+            record.unlink(missing_ok=True)
+            if subprocess.run(command).returncode:
+                raise SystemExit(f"fastgan: {shlex.join(command)} failed")
+            record.write_text(fingerprint(command, depfile))
+        return str(output)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        results = [pool.submit(make, source) for source in commands]
+        try:
+            return [result.result() for result in results]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def extension(kind: str) -> dict:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+    from torch.utils.cpp_extension import CppExtension
 
-    target = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
     build = ROOT / "build"
     build.mkdir(exist_ok=True)
     gencode, archs = cuda_flags() if kind == "cuda" else ([], "none")
     oldest = f"{TORCH_TARGET[0]}.{TORCH_TARGET[1]}"
     record = f"version={VERSION};sources={sources_digest()};target={oldest};torch={torch.__version__};cuda={archs}"
-    header = build / "fastgan_build.h"
-    text = f'#define FASTGAN_BUILD_RECORD "{record}"\n'
-    if not header.exists() or header.read_text() != text:
-        header.write_text(text)
-    includes = [str(ROOT / "csrc"), str(build)]
+    (build / "fastgan_build.h").write_text(f'#define FASTGAN_BUILD_RECORD "{record}"\n')
 
-    class Build(BuildExtension):
-        def build_extensions(self):
-            if kind == "cuda":
-                self.extensions[0].extra_objects = compile_cuda()
-            super().build_extensions()
+    csrc = ROOT / "csrc"
+    folders = (csrc, csrc / "cpu", *([csrc / "cuda"] if kind == "cuda" else []))
+    # Long ones first, lest a compiler goes on alone at the end.
+    cpp = sorted((path for folder in folders for path in folder.glob("*.cpp")), key=lambda path: -path.stat().st_size)
+    cuda = sorted(csrc.glob("cuda/*.cu"), key=lambda path: -path.stat().st_size) if kind == "cuda" else []
 
-    def compile_cuda() -> list[str]:
-        """With nvcc alone: torch's own CUDAExtension insists on a CUDA build of torch."""
-        nvcc, objects = find_nvcc(), []
-        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-            output = build / f"{source.stem}.{archs}.cu.o"
-            headers = (*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.h"))
-            newest = max(p.stat().st_mtime for p in (*headers, source))
-            if not output.exists() or output.stat().st_mtime < newest:
-                flags = [
-                    "-O3",
-                    "-std=c++20",
-                    "-lineinfo",
-                    "--threads=0",
-                    "-Xcompiler=-fPIC,-fvisibility=hidden",
-                    "-DUSE_CUDA",
-                    target,
-                ]
-                paths = [f"-I{path}" for path in (*includes, *include_paths())]
-                subprocess.run([nvcc, "-c", str(source), "-o", str(output), *flags, *gencode, *paths], check=True)
-            objects.append(str(output))
-        return objects
+    class Build(build_ext):
+        def build_extension(self, ext):
+            jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+            cxx, includes = os.environ.get("CXX", "c++"), [f"-I{path}" for path in (*ext.include_dirs, *self.include_dirs)]
+            # Python's own flags but for debug information, which takes as much time and space as the code.
+            flags = [
+                *dropwhile(lambda word: not word.startswith("-"), self.compiler.compiler_so),
+                "-g0",
+                *ext.extra_compile_args,
+            ]
+            commands = {source: [cxx, *flags, *includes] for source in cpp}
+            if cuda:  # nvcc alone: torch's own CUDAExtension insists on a CUDA build of torch
+                threads = f"--threads={max(1, jobs // len(cuda))}"
+                flags = ["-O3", "-std=c++20", "-lineinfo", threads, "-Xcompiler=-fPIC,-fvisibility=hidden", *gencode]
+                commands = {source: [find_nvcc(), *flags, f"-I{csrc}"] for source in cuda} | commands
+            ext.extra_objects = ext.depends = compile_sources(commands, build / "objects", jobs)
+            ext.sources, self.force = [], True
+            super().build_extension(ext)
 
     link = []
     if kind == "cuda":
@@ -152,20 +190,20 @@ def extension(kind: str) -> dict:
                 f"fastgan: libcudart_static.a is nowhere under {home} (pip install 'fastgan[cuda-build]' brings it)"
             )
         link = [f"-L{where}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    cpp = CppExtension(
+    target = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
+    python = "-DPy_LIMITED_API=0x030a0000"
+    flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", target, python]
+    ext = CppExtension(
         "fastgan._C",
-        sources=[
-            str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "module.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp")))
-        ],
-        include_dirs=includes,
-        depends=[str(header)],
-        extra_compile_args=["-O3", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", target],
+        sources=[str(path.relative_to(ROOT)) for path in cpp],
+        include_dirs=[str(csrc), str(build)],
+        extra_compile_args=flags,
         extra_link_args=link,
         py_limited_api=True,
     )
     return {
-        "ext_modules": [cpp],
-        "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=False)},
+        "ext_modules": [ext],
+        "cmdclass": {"build_ext": Build},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 

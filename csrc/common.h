@@ -66,6 +66,14 @@ inline void check_float(const char* op, const char* name, const Tensor& x) {
                   ", expected a floating-point tensor of 16, 32 or 64 bits");
 }
 
+// That x is of the dtype that like is accumulated in, and on like's device.
+inline void check_accumulated(const char* op, const char* name, const Tensor& x, const char* like_name, const Tensor& like) {
+  const ScalarType dtype = accumulate_dtype(like.scalar_type());
+  STD_TORCH_CHECK(x.scalar_type() == dtype && x.device() == like.device(), "fastgan::", op, ": ", name, " is ",
+                  torch::headeronly::toString(x.scalar_type()), ", expected a tensor of ", torch::headeronly::toString(dtype),
+                  " on the device of ", like_name);
+}
+
 // Layout.
 
 // Is each x[i] one run of memory, in whichever order of dimensions?

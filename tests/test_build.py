@@ -1,8 +1,10 @@
 """setup.py: what it builds where, how it says so, and that a wheel holds what a checkout has."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -13,9 +15,9 @@ import fastgan
 ROOT = Path(__file__).parent.parent
 
 
-def setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+def setup(*arguments: str, root: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "setup.py", *arguments], cwd=ROOT, capture_output=True, text=True, env=os.environ | environment
+        [sys.executable, "setup.py", *arguments], cwd=root, capture_output=True, text=True, env=os.environ | environment
     )
 
 
@@ -93,3 +95,46 @@ def test_native_wheel_runs_elsewhere(tmp_path):
     site = str(tmp_path / "site" / "fastgan")
     assert all(path.startswith(site) for path in paths), paths
     assert int(calls) == 1
+
+
+def test_source_distribution_has_every_native_source(tmp_path):
+    result = setup("-q", "sdist", "-d", str(tmp_path), FASTGAN_BUILD="python")
+    assert result.returncode == 0, result.stderr
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert sources | {"setup.py", "kernels/spectral_norm.py"} <= packed
+
+
+def test_an_edit_compiles_what_depends_on_it(tmp_path):
+    if not shutil.which("c++"):
+        pytest.skip("there is no C++ compiler")
+    (tmp_path / "fastgan").mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "fastgan/_version.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    sources = {
+        "module.cpp": '#include "fastgan_build.h"\nconst char* record = FASTGAN_BUILD_RECORD;\n',
+        "one.h": "inline int one() { return 1; }\n",
+        "cpu/a.cpp": '#include "one.h"\nint a() { return one(); }\n',
+        "cpu/b.cpp": "int b() { return 2; }\n",
+    }
+    for name, text in sources.items():
+        path = tmp_path / "csrc" / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(text)
+
+    def compiled() -> set[str]:
+        result = setup("-q", "build_ext", "--build-lib", "out", root=tmp_path, FASTGAN_BUILD="cpu")
+        assert result.returncode == 0, result.stderr
+        assert list((tmp_path / "out").rglob("_C.abi3.so"))
+        return {line.partition("compiling csrc/")[2] for line in result.stderr.splitlines() if "compiling" in line}
+
+    assert compiled() == {"module.cpp", "cpu/a.cpp", "cpu/b.cpp"}
+    assert compiled() == set()
+    (tmp_path / "csrc" / "one.h").write_text("inline int one() { return 3; }\n")
+    assert compiled() == {"module.cpp", "cpu/a.cpp"}  # every change is in the build record
+    (tmp_path / "csrc" / "cpu" / "b.cpp").write_text("int b() { return }\n")
+    result = setup("-q", "build_ext", "--build-lib", "out", root=tmp_path, FASTGAN_BUILD="cpu")
+    assert result.returncode != 0
+    assert "b.cpp" in result.stderr

@@ -105,7 +105,7 @@ def matrix(weight: torch.Tensor, dim: int) -> dict[str, int]:
 
 
 class Kernels:
-    """Launches as run_forward and run_backward in csrc/cuda/spectral_norm.cu make them."""
+    """Launches as launch_forward and launch_backward in csrc/cuda/spectral_norm.cu make them."""
 
     def __init__(self, tables, loaded, limit: int = LIMIT):
         self.tables, self.loaded, self.launches, self.limit = tables, loaded, [], limit

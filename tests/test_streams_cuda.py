@@ -14,7 +14,7 @@ from fastgan.ops.gradient_penalty import KINDS
 pytestmark = pytest.mark.gpu_check
 
 OPERATORS = ("gradient_penalty", "gradient_penalty_backward", "tangent_combine")
-WARPS, ELEMENTS = 8, 8192  # of a block, as csrc/cuda/cuda.h has them
+WARPS, ELEMENTS = 8, 8192  # of a block, as csrc/cuda/cuda.h and launch.h have them
 LETTERS = {torch.float16: "6__half", torch.bfloat16: "13__nv_bfloat16", torch.float32: "f", torch.float64: "d"}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 

@@ -1,10 +1,8 @@
 // Gradient penalties on the CPU: fastgan/ops/gradient_penalty.py has the formulas. The gradients are read once, up to what a
 // row exceeds the caches by, and written once; all that comes per sample is arithmetic in double.
-#include "rows.h"
+#include "../gradient_penalty.h"
 
 #include <cmath>
-#include <string>
-#include <tuple>
 #include <vector>
 
 #define FASTGAN_SIMD_SOURCE "gradient_penalty.inl"
@@ -15,14 +13,8 @@ namespace {
 
 constexpr int64_t kPastCaches = 8 << 20;  // bytes above which results are written past the caches
 
-enum class Kind { gradient_penalty, zero_centered, power, max };
-
 // The penalty as a function of q, the square of a norm.
-struct Form {
-  Kind kind;
-  double weight, target;
-  bool one_sided;
-  double power, count;
+struct Penalty : Form {
   double largest = 0, reached = 0;  // of max: the largest q, and how many samples have it
 
   double excess(double n) const { return one_sided && n < target ? 0 : n - target; }
@@ -54,18 +46,10 @@ struct Form {
   }
 };
 
-Kind kind_of(const std::string& name) {
-  const char* const names[] = {"gradient_penalty", "zero_centered", "power", "max"};
-  for (int kind = 0; kind < 4; ++kind)
-    if (name == names[kind]) return Kind(kind);
-  STD_TORCH_CHECK(false, "fastgan::gradient_penalty: kind is '", name, "', expected one of gradient_penalty, zero_centered, power, max");
-  return Kind::max;
-}
-
 // A row's sum is that of its pieces in order, whoever adds them up.
 template <class S, class T> struct Reduction {
   const Rows &rows, &seeds;
-  Form form;
+  Penalty form;
   T *norms, *factors;
   decltype(&baseline::squares<S>) squares = FASTGAN_FOR_ISA(squares<S>);
   decltype(&baseline::scale<S, T>) scale = FASTGAN_FOR_ISA(scale<S, T>);
@@ -104,57 +88,30 @@ template <class S, class T> struct Reduction {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& grads, std::string kind, double weight, double target, bool one_sided, double power) {
-  const char* op = "gradient_penalty";
-  ++calls;
-  check_float(op, "grads", grads);
-  STD_TORCH_CHECK(grads.dim() > 0, "fastgan::", op, ": grads has no dimensions, expected (N, ...)");
-  const int64_t N = grads.size(0);
-  const Form form{kind_of(kind), weight, target, one_sided, power, double(std::max<int64_t>(1, N))};
-  Output output(grads);
-  const Rows rows = Rows::like(grads, output.work), seeds(output.work);
-  const ScalarType dtype = accumulate_dtype(grads.scalar_type());
-  Tensor penalty = torch::stable::new_empty(grads, {}, dtype), norms = torch::stable::new_empty(grads, {N}, dtype);
-  Tensor factors = torch::stable::new_empty(grads, {N}, dtype);
-  for_dtype(grads.scalar_type(), [&](auto type) {
+void run_forward(const Rows& grads, const Form& form, Tensor& penalty, Tensor& norms, Tensor& factors, const Rows& seeds) {
+  for_dtype(grads.tensor.scalar_type(), [&](auto type) {
     using S = decltype(type);
     using T = typename AccumulateIn<S>::Type;
-    Reduction<S, T> reduction{rows, seeds, form, static_cast<T*>(norms.mutable_data_ptr()), static_cast<T*>(factors.mutable_data_ptr())};
-    const bool rows_suffice = N >= int64_t(torch::stable::get_num_threads()) && form.kind != Kind::max;
+    Reduction<S, T> reduction{grads, seeds, {form}, static_cast<T*>(norms.mutable_data_ptr()), static_cast<T*>(factors.mutable_data_ptr())};
+    const bool rows_suffice = grads.count >= int64_t(torch::stable::get_num_threads()) && form.kind != Kind::max;
     *static_cast<T*>(penalty.mutable_data_ptr()) = T(rows_suffice ? reduction.by_rows() : reduction.by_pieces());
   });
-  return {penalty, norms, factors, output.finish()};
 }
 
-Tensor backward(const Tensor& grads, const Tensor& factors) {
-  const char* op = "gradient_penalty_backward";
-  ++calls;
-  check_float(op, "grads", grads);
-  STD_TORCH_CHECK(grads.dim() > 0 && factors.dim() == 1 && factors.size(0) == grads.size(0), "fastgan::", op, ": factors has shape ",
-                  shape(factors), ", expected one number for each sample of grads, which has shape ", shape(grads));
-  STD_TORCH_CHECK(factors.scalar_type() == accumulate_dtype(grads.scalar_type()) && factors.is_cpu(), "fastgan::", op, ": factors is ",
-                  torch::headeronly::toString(factors.scalar_type()), ", expected a tensor of ",
-                  torch::headeronly::toString(accumulate_dtype(grads.scalar_type())), " on the CPU");
-  Output output(grads);
-  const Rows rows = Rows::like(grads, output.work), results(output.work);
-  for_dtype(grads.scalar_type(), [&](auto type) {
+void run_backward(const Rows& grads, const Tensor& factors, const Rows& seeds) {
+  for_dtype(grads.tensor.scalar_type(), [&](auto type) {
     using S = decltype(type);
     using T = typename AccumulateIn<S>::Type;
     const auto scale = FASTGAN_FOR_ISA(scale<S, T>);
     const T* by = static_cast<const T*>(factors.const_data_ptr());
-    const bool past_caches = rows.count * rows.length * int64_t(sizeof(S)) > kPastCaches;
-    for_each_piece(rows.count, rows.length, [&](int64_t row, int64_t begin, int64_t end) {
-      scale(rows.in<S>(row) + begin, results.out<S>(row) + begin, end - begin, by[row * factors.stride(0)], past_caches);
+    const bool past_caches = grads.count * grads.length * int64_t(sizeof(S)) > kPastCaches;
+    for_each_piece(grads.count, grads.length, [&](int64_t row, int64_t begin, int64_t end) {
+      scale(grads.in<S>(row) + begin, seeds.out<S>(row) + begin, end - begin, by[row * factors.stride(0)], past_caches);
     });
   });
-  return output.finish();
 }
 
 }  // namespace
 }  // namespace fastgan
 
-STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, library) {
-  using namespace fastgan;
-  library.impl("gradient_penalty", TORCH_BOX(&forward));
-  library.impl("gradient_penalty_backward", TORCH_BOX(&backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, library) { fastgan::implement(library); }

@@ -1,18 +1,15 @@
-// Minibatch discrimination on the CPU: packing, distribution over threads, and the dispatcher's side. The arithmetic is in
-// minibatch_discrimination.inl, once per instruction set.
-#include "common.h"
+// Minibatch discrimination on the CPU: packing and distribution over threads. The arithmetic is in minibatch_discrimination.inl,
+// once per instruction set.
+#include "../minibatch_discrimination.h"
 #include "scratch.h"
 
 #include <algorithm>
 #include <cmath>
-#include <tuple>
 #include <type_traits>
 #include <vector>
 
 namespace fastgan {
 namespace {
-
-enum class Operator { forward, backward, jvp, double_backward };
 
 // Samples per block: a block of coordinates and one of sums fit the first-level cache up to D = 16 or so.
 constexpr int64_t kRows = 128;
@@ -53,9 +50,9 @@ struct Strided {
 
 struct Problem {
   int64_t B, K, D;
-  bool self_term = true;
+  bool self_term;
   Strided m, grad, v;
-  void *values = nullptr, *gradient = nullptr;  // outputs, contiguous
+  void *values, *gradient;  // outputs, contiguous
 };
 
 }  // namespace
@@ -162,7 +159,7 @@ int64_t count_stripes(const Problem& p, int64_t blocks, int64_t bytes) {
   return std::max<int64_t>(1, std::min({wanted, pairs / 4, kBytes / std::max<int64_t>(1, bytes * p.K)}));
 }
 
-template <class S, Operator op> void run(const Problem& p) {
+template <class S, Operator op> void compute(const Problem& p) {
   using Flags = Layout<op>;
   using T = typename AccumulateIn<S>::Type;
   const auto pack = FASTGAN_FOR_ISA(pack<S, T, op>);
@@ -215,89 +212,25 @@ template <class S, Operator op> void run(const Problem& p) {
   });
 }
 
-template <Operator op> void run_for_dtype(const Problem& problem, ScalarType dtype) {
+void run(const Call& call) {
   ++calls;
-  if (problem.B == 0 || problem.K == 0) return;
-  for_dtype(dtype, [&](auto type) { run<decltype(type), op>(problem); });
-}
-
-Problem describe(const char* op, const Tensor& m) {
-  STD_TORCH_CHECK(m.dim() == 3, "fastgan::", op, ": m has shape ", shape(m), ", expected (B, K, D)");
-  check_float(op, "m", m);
-  Problem problem;
-  problem.B = m.size(0), problem.K = m.size(1), problem.D = m.size(2);
-  problem.m = Strided(m);
-  return problem;
-}
-
-// tensor has to be like m, or like m without D.
-Strided matching(const char* op, const char* name, const Tensor& tensor, const Tensor& m, int64_t dims) {
-  bool same = tensor.dim() == dims;
-  for (int64_t dim = 0; same && dim < dims; ++dim) same = tensor.size(dim) == m.size(dim);
-  STD_TORCH_CHECK(same, "fastgan::", op, ": ", name, " has shape ", shape(tensor), ", expected ",
-                  dims == 3 ? "that of m, " : "the first two dimensions of m, ", shape(m));
-  STD_TORCH_CHECK(tensor.scalar_type() == m.scalar_type(), "fastgan::", op, ": ", name, " is ",
-                  torch::headeronly::toString(tensor.scalar_type()), ", expected the dtype of m, ",
-                  torch::headeronly::toString(m.scalar_type()));
-  STD_TORCH_CHECK(tensor.is_cpu() && m.is_cpu(), "fastgan::", op, ": ", name, " and m have to be on the CPU both");
-  return Strided(tensor);
-}
-
-Tensor new_values(Problem& problem, const Tensor& m) {
-  Tensor values = torch::stable::new_empty(m, {problem.B, problem.K});
-  problem.values = values.mutable_data_ptr();
-  return values;
-}
-
-Tensor new_gradient(Problem& problem, const Tensor& m) {
-  Tensor gradient = torch::stable::new_empty(m, {problem.B, problem.K, problem.D});
-  problem.gradient = gradient.mutable_data_ptr();
-  return gradient;
-}
-
-Tensor forward(const Tensor& m, bool self_term) {
-  Problem problem = describe("minibatch_discrimination", m);
-  problem.self_term = self_term;
-  Tensor values = new_values(problem, m);
-  run_for_dtype<Operator::forward>(problem, m.scalar_type());
-  return values;
-}
-
-Tensor backward(const Tensor& grad, const Tensor& m) {
-  const char* op = "minibatch_discrimination_backward";
-  Problem problem = describe(op, m);
-  problem.grad = matching(op, "grad", grad, m, 2);
-  Tensor gradient = new_gradient(problem, m);
-  run_for_dtype<Operator::backward>(problem, m.scalar_type());
-  return gradient;
-}
-
-Tensor jvp(const Tensor& t, const Tensor& m) {
-  const char* op = "minibatch_discrimination_jvp";
-  Problem problem = describe(op, m);
-  problem.v = matching(op, "t", t, m, 3);
-  Tensor values = new_values(problem, m);
-  run_for_dtype<Operator::jvp>(problem, m.scalar_type());
-  return values;
-}
-
-std::tuple<Tensor, Tensor> double_backward(const Tensor& v, const Tensor& grad, const Tensor& m) {
-  const char* op = "minibatch_discrimination_double_backward";
-  Problem problem = describe(op, m);
-  problem.v = matching(op, "v", v, m, 3);
-  problem.grad = matching(op, "grad", grad, m, 2);
-  Tensor values = new_values(problem, m), gradient = new_gradient(problem, m);
-  run_for_dtype<Operator::double_backward>(problem, m.scalar_type());
-  return {values, gradient};
+  if (call.B == 0 || call.K == 0) return;
+  const auto strided = [](const Tensor* tensor) { return tensor ? Strided(*tensor) : Strided(); };
+  const auto memory = [](Tensor* tensor) { return tensor ? tensor->mutable_data_ptr() : nullptr; };
+  const Problem problem{call.B, call.K, call.D, call.self_term, Strided(call.m), strided(call.grad), strided(call.tangent),
+                        memory(call.values), memory(call.gradient)};
+  for_dtype(call.m.scalar_type(), [&](auto type) {
+    using S = decltype(type);
+    switch (call.op) {
+      case Operator::forward: return compute<S, Operator::forward>(problem);
+      case Operator::backward: return compute<S, Operator::backward>(problem);
+      case Operator::jvp: return compute<S, Operator::jvp>(problem);
+      case Operator::double_backward: return compute<S, Operator::double_backward>(problem);
+    }
+  });
 }
 
 }  // namespace
 }  // namespace fastgan
 
-STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, library) {
-  using namespace fastgan;
-  library.impl("minibatch_discrimination", TORCH_BOX(&forward));
-  library.impl("minibatch_discrimination_backward", TORCH_BOX(&backward));
-  library.impl("minibatch_discrimination_jvp", TORCH_BOX(&jvp));
-  library.impl("minibatch_discrimination_double_backward", TORCH_BOX(&double_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, library) { fastgan::implement(library); }

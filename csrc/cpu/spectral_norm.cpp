@@ -1,5 +1,5 @@
-// Spectral norm on the CPU: the matrices' layout in memory, the distribution over threads, and the dispatcher's side. The
-// inner loops are in spectral_norm.inl, once per instruction set.
+// Spectral norm on the CPU: the matrices' layout in memory and the distribution over threads. The inner loops are in
+// spectral_norm.inl, once per instruction set.
 //
 // A weight, its dimensions sorted by stride, is an array (A, R, B) with the matrix's rows in the middle; its columns are the
 // pairs (a, b). One power iteration reads it once. "Rows first" (q, then p, then q: torch's parametrization) takes a few rows
@@ -9,16 +9,14 @@
 //
 // Weights are cut into stripes, whose number follows from the shape alone; stripes' sums are added in order. So results don't
 // depend on the number of threads.
+#include "../spectral_norm.h"
 #include "blocks.h"
-#include "common.h"
 #include "scratch.h"
 
 #include <algorithm>
 #include <memory>
 #include <numeric>
-#include <string>
 #include <thread>
-#include <tuple>
 #include <vector>
 
 namespace fastgan {
@@ -42,20 +40,13 @@ constexpr int64_t kThreadsFrom = 1 << 16;  // elements below which one thread is
 constexpr int64_t kTogether = 1 << 22;    // elements of weights that share a parallel region and have scratch space at once
 constexpr int64_t kPastCaches = 1 << 21;  // elements above which results are written past the caches
 
+// s and ds/dsigma.
 struct Scale {
-  double target;
-  bool at_most;
+  Target target;
 
-  bool active(double sigma) const { return at_most ? !(sigma <= target) : sigma != 0; }
-  double value(double sigma) const { return active(sigma) ? target / sigma : 1; }
-  double slope(double sigma) const { return active(sigma) ? -target / sigma / sigma : 0; }
-};
-
-struct Iteration {
-  int64_t count;
-  double eps;
-  bool v_first;
-  bool sigma_only = false;  // without the normalised weight
+  bool active(double sigma) const { return target.at_most ? !(sigma <= target.value) : sigma != 0; }
+  double value(double sigma) const { return active(sigma) ? target.value / sigma : 1; }
+  double slope(double sigma) const { return active(sigma) ? -target.value / sigma / sigma : 0; }
 };
 
 // One weight. p belongs to the matrix's rows and q to its columns, in the order they have in memory.
@@ -74,7 +65,6 @@ Matrix as_matrix(const Tensor& weight, const Tensor& result, int64_t dim) {
   Matrix m;
   m.weight = laid_out_as(weight, result);
   const int64_t dims = weight.dim();
-  if (dim < 0) dim += dims;
   std::vector<int64_t> order(dims), others, logical;
   std::iota(order.begin(), order.end(), 0);
   // Dimensions of size 1 have strides without meaning, which a comparison can't order: leave them out.
@@ -253,7 +243,7 @@ template <class S> struct Forward {
   const S* data() const { return static_cast<const S*>(m.weight.const_data_ptr()); }
 
   // A power iteration each (or, without any, sigma's product), then the result.
-  int64_t phases() const { return steps() + !iteration.sigma_only; }
+  int64_t phases() const { return steps() + iteration.write; }
   int64_t steps() const { return std::max<int64_t>(1, iteration.count); }
   int64_t parts(int64_t phase) const { return phase < steps() ? stripes : chunks(); }
   void run(int64_t phase, int64_t part) { phase == steps() ? write(part) : rows_first ? run_rows(part) : run_tiles(part); }
@@ -434,46 +424,17 @@ template <class Layer> void run(std::vector<Layer>& layers) {
   }
 }
 
-// The dispatcher's side.
-
-// That u or v is a contiguous vector of the right length and dtype; made contiguous where it isn't.
-Tensor checked_vector(const char* op, const char* name, const Tensor& x, const Tensor& weight, int64_t length) {
-  STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == length, "fastgan::", op, ": ", name, " has shape ", shape(x), ", expected (", length,
-                  ",) for a weight of shape ", shape(weight));
-  const ScalarType dtype = accumulate_dtype(weight.scalar_type());
-  STD_TORCH_CHECK(x.scalar_type() == dtype && x.is_cpu(), "fastgan::", op, ": ", name, " is ", torch::headeronly::toString(x.scalar_type()),
-                  ", expected a tensor of ", torch::headeronly::toString(dtype), " on the CPU");
-  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+Tensor new_sigma(const Tensor& u, int64_t count, bool single) {
+  const int64_t adjacent = 1;
+  return new_strided(u, single ? 0 : 1, &count, &adjacent);
 }
 
-void check_weight(const char* op, const Tensor& weight, int64_t dim) {
-  check_float(op, "weight", weight);
-  STD_TORCH_CHECK(-weight.dim() <= dim && dim < weight.dim(), "fastgan::", op, ": dim is ", dim, ", out of range for a weight of shape ", shape(weight));
-}
-
-int64_t row_count(const Tensor& weight, int64_t dim) { return weight.size(dim < 0 ? dim + weight.dim() : dim); }
-
-int64_t column_count(const Tensor& weight, int64_t dim) {
-  int64_t count = 1;
-  for (int64_t d = 0; d < weight.dim(); ++d)
-    if (d != (dim < 0 ? dim + weight.dim() : dim)) count *= weight.size(d);
-  return count;
-}
-
-using Tensors = std::vector<Tensor>;
-
-// All of the lists are as long as weights; sigma holds as many numbers of the vectors' dtype. With sigma_only the first
-// results are left as they are.
-std::tuple<Tensors, Tensors, Tensors> run_forward(const char* op, const Tensors& weights, const Tensors& us, const Tensors& vs,
-                                                  const std::vector<int64_t>& dims, void* sigma, Iteration iteration, Scale scale) {
-  ++calls;
-  Tensors results, new_us, new_vs, u, v;
+std::tuple<Tensors, Tensors, Tensors> run_forward(const char*, const Tensors& weights, const Tensors& u, const Tensors& v,
+                                                  const std::vector<int64_t>& dims, Tensor& sigma, const Iteration& iteration, const Target& target) {
+  Tensors results, new_us, new_vs;
   for (size_t i = 0; i < weights.size(); ++i) {
-    check_weight(op, weights[i], dims[i]);
-    u.push_back(checked_vector(op, "u", us[i], weights[i], row_count(weights[i], dims[i])));
-    v.push_back(checked_vector(op, "v", vs[i], weights[i], column_count(weights[i], dims[i])));
     const Tensor& w = weights[i];
-    results.push_back(!iteration.sigma_only ? new_like(w) : w.is_contiguous() || is_dense(w) ? w : torch::stable::empty_like(w));
+    results.push_back(iteration.write ? new_like(w) : w.is_contiguous() || is_dense(w) ? w : torch::stable::empty_like(w));
     new_us.push_back(new_like(u[i]));
     new_vs.push_back(new_like(v[i]));
   }
@@ -486,27 +447,16 @@ std::tuple<Tensors, Tensors, Tensors> run_forward(const char* op, const Tensors&
         if (weights[i].scalar_type() == dtype)
           layers.emplace_back(as_matrix(weights[i], results[i], dims[i]), results[i], new_us[i], new_vs[i],
                               static_cast<const T*>(u[i].const_data_ptr()), static_cast<const T*>(v[i].const_data_ptr()),
-                              static_cast<T*>(sigma) + i, iteration, scale);
+                              static_cast<T*>(sigma.mutable_data_ptr()) + i, iteration, Scale{target});
       run(layers);
     });
   return {results, new_us, new_vs};
 }
 
-Tensors run_backward(const char* op, const Tensors& grads, const Tensors& weights, const Tensors& us, const Tensors& vs, const Tensor& sigma,
-                     const std::vector<int64_t>& dims, Scale scale) {
-  ++calls;
-  Tensors results, u, v;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    check_weight(op, weights[i], dims[i]);
-    const bool same = same_shape(grads[i], weights[i]) && grads[i].scalar_type() == weights[i].scalar_type() && grads[i].is_cpu();
-    STD_TORCH_CHECK(same, "fastgan::", op, ": grad has shape ", shape(grads[i]), ", expected one like weight, ", shape(weights[i]), ", of its dtype");
-    u.push_back(checked_vector(op, "u", us[i], weights[i], row_count(weights[i], dims[i])));
-    v.push_back(checked_vector(op, "v", vs[i], weights[i], column_count(weights[i], dims[i])));
-    STD_TORCH_CHECK(sigma.scalar_type() == accumulate_dtype(weights[i].scalar_type()) && sigma.numel() == int64_t(weights.size()),
-                    "fastgan::", op, ": sigma has to be of u's dtype and hold a number per weight");
-    results.push_back(new_like(weights[i]));
-  }
-  const Tensor sigmas = sigma.is_contiguous() ? sigma : torch::stable::contiguous(sigma);
+Tensors run_backward(const char*, const Tensors& grads, const Tensors& weights, const Tensors& u, const Tensors& v, const Tensor& sigma,
+                     const std::vector<int64_t>& dims, const Target& target) {
+  Tensors results;
+  for (const Tensor& weight : weights) results.push_back(new_like(weight));
   for (ScalarType dtype : kDtypes)
     for_dtype(dtype, [&](auto type) {
       using S = decltype(type);
@@ -516,62 +466,14 @@ Tensors run_backward(const char* op, const Tensors& grads, const Tensors& weight
         if (weights[i].scalar_type() == dtype) {
           Matrix matrix = as_matrix(weights[i], results[i], dims[i]);
           layers.push_back({std::move(matrix), laid_out_as(grads[i], results[i]), results[i], static_cast<const T*>(u[i].const_data_ptr()),
-                            static_cast<const T*>(v[i].const_data_ptr()), static_cast<const T*>(sigmas.const_data_ptr())[i], scale});
+                            static_cast<const T*>(v[i].const_data_ptr()), static_cast<const T*>(sigma.const_data_ptr())[i], Scale{target}});
         }
       run(layers);
     });
   return results;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& weight, const Tensor& u, const Tensor& v, int64_t dim, int64_t count, double eps,
-                                                   bool v_first, double target, bool at_most) {
-  Tensor sigma = new_strided(u, 0, nullptr, nullptr);
-  auto [results, us, vs] = run_forward("spectral_norm", {weight}, {u}, {v}, {dim}, sigma.mutable_data_ptr(), {count, eps, v_first}, {target, at_most});
-  return {results[0], us[0], vs[0], sigma};
-}
-
-std::tuple<Tensor, Tensor, Tensor> sigma_of(const Tensor& weight, const Tensor& u, const Tensor& v, int64_t dim, int64_t count, double eps, bool v_first) {
-  Tensor sigma = new_strided(u, 0, nullptr, nullptr);
-  auto [_, us, vs] = run_forward("spectral_norm_sigma", {weight}, {u}, {v}, {dim}, sigma.mutable_data_ptr(), {count, eps, v_first, true}, {1, false});
-  return {us[0], vs[0], sigma};
-}
-
-Tensor backward(const Tensor& grad, const Tensor& weight, const Tensor& u, const Tensor& v, const Tensor& sigma, int64_t dim, double target, bool at_most) {
-  return run_backward("spectral_norm_backward", {grad}, {weight}, {u}, {v}, sigma, {dim}, {target, at_most})[0];
-}
-
-void check_lists(const char* op, size_t weights, std::initializer_list<size_t> others) {
-  for (size_t length : others)
-    STD_TORCH_CHECK(length == weights, "fastgan::", op, ": there are ", weights, " weights, and lists of other lengths with them: ", length);
-  STD_TORCH_CHECK(weights > 0, "fastgan::", op, ": weights is empty, expected one or more");
-}
-
-std::tuple<Tensors, Tensors, Tensors, Tensor> multi(Tensors weights, Tensors u, Tensors v, std::vector<int64_t> dims, int64_t count, double eps,
-                                                    bool v_first, double target, bool at_most) {
-  const char* op = "spectral_norm_multi";
-  check_lists(op, weights.size(), {u.size(), v.size(), dims.size()});
-  for (const Tensor& x : u)
-    STD_TORCH_CHECK(x.scalar_type() == u[0].scalar_type(), "fastgan::", op, ": weights of 64 bits and of fewer have to be normalised by two calls");
-  const int64_t count_of_weights = weights.size(), adjacent = 1;
-  Tensor sigma = new_strided(u[0], 1, &count_of_weights, &adjacent);
-  auto [results, us, vs] = run_forward(op, weights, u, v, dims, sigma.mutable_data_ptr(), {count, eps, v_first}, {target, at_most});
-  return {results, us, vs, sigma};
-}
-
-Tensors multi_backward(Tensors grads, Tensors weights, Tensors u, Tensors v, Tensor sigma, std::vector<int64_t> dims, double target, bool at_most) {
-  const char* op = "spectral_norm_multi_backward";
-  check_lists(op, weights.size(), {grads.size(), u.size(), v.size(), dims.size()});
-  return run_backward(op, grads, weights, u, v, sigma, dims, {target, at_most});
-}
-
 }  // namespace
 }  // namespace fastgan
 
-STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, library) {
-  using namespace fastgan;
-  library.impl("spectral_norm", TORCH_BOX(&forward));
-  library.impl("spectral_norm_sigma", TORCH_BOX(&sigma_of));
-  library.impl("spectral_norm_backward", TORCH_BOX(&backward));
-  library.impl("spectral_norm_multi", TORCH_BOX(&multi));
-  library.impl("spectral_norm_multi_backward", TORCH_BOX(&multi_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, library) { fastgan::implement(library); }

@@ -3,9 +3,12 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#include <torch/csrc/stable/accelerator.h>
 
-#include "common.h"
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "launch.h"
 
 namespace fastgan {
 
@@ -13,33 +16,24 @@ namespace fastgan {
 template <class T> struct Accumulate { using type = float; };
 template <> struct Accumulate<double> { using type = double; };
 
-// f(T()) for the type on the device that dtype is.
-template <class F> void for_cuda_dtype(ScalarType dtype, const F& f) {
+// f(T()) for the type that dtype is.
+template <class F> void for_dtype(Dtype dtype, const F& f) {
   switch (dtype) {
-    case ScalarType::Float: return f(float());
-    case ScalarType::Double: return f(double());
-    case ScalarType::Half: return f(__half());
-    default: return f(__nv_bfloat16());
+    case Dtype::float32: return f(float());
+    case Dtype::float64: return f(double());
+    case Dtype::float16: return f(__half());
+    case Dtype::bfloat16: return f(__nv_bfloat16());
   }
 }
 
-// The device of a tensor made current, and torch's stream on it.
-struct Device {
-  torch::stable::accelerator::DeviceGuard guard;
-  cudaStream_t stream;
-
-  explicit Device(const Tensor& tensor)
-      : guard(tensor.get_device_index()),
-        stream(static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(tensor.get_device_index()).nativeHandle())) {}
-};
-
-inline void check_launch(const char* op) {
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "fastgan::", op, " did not launch: ", cudaGetErrorString(error));
+inline void check_cuda(const char* op, const char* what, cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("fastgan::") + op + " " + what + ": " + cudaGetErrorString(error));
 }
+inline void check_launch(const char* op) { check_cuda(op, "did not launch", cudaGetLastError()); }
 
 inline unsigned grid_of(const char* op, int64_t blocks) {
-  STD_TORCH_CHECK(blocks < (int64_t(1) << 31), "fastgan::", op, " needs ", blocks, " blocks, more than a grid holds");
+  if (blocks >= int64_t(1) << 31)
+    throw std::runtime_error(std::string("fastgan::") + op + " needs " + std::to_string(blocks) + " blocks, more than a grid holds");
   return unsigned(blocks);
 }
 
@@ -49,7 +43,6 @@ template <class T> constexpr int kPacked = 16 / sizeof(T);
 template <class A> constexpr int kTogether = 16 / sizeof(A);  // elements that a thread takes from shared memory at a time, as A
 
 constexpr int kBlock = 256;
-constexpr int64_t kElements = 8192;  // of a row, for one block: a multiple of every kPacked
 
 // Of the row cut into pieces of kElements that this block has: which, and from where to where.
 struct Piece {
@@ -58,11 +51,9 @@ struct Piece {
       : row(blockIdx.x / pieces), begin(blockIdx.x % pieces * kElements), end(min(length, begin + kElements)) {}
 };
 
-inline int64_t pieces_of_row(int64_t length) { return length > kElements ? (length + kElements - 1) / kElements : 1; }
-
-// May rows at these addresses be read in 16 bytes? Each begins a multiple of its stride after the first.
-inline bool packs(const void* data, int64_t stride, int64_t count, size_t size) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (count <= 1 || stride * size % 16 == 0);
+// May these rows be read in 16 bytes? Each begins a multiple of its stride after the first.
+template <class T> bool packs(const Strip& strip, int64_t rows) {
+  return reinterpret_cast<uintptr_t>(strip.data) % 16 == 0 && (rows <= 1 || strip.stride * sizeof(T) % 16 == 0);
 }
 
 // f(at, pack of N or 1) for this thread's share of what lies between begin and end: whole packs, then what is left.

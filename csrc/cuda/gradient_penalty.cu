@@ -1,25 +1,12 @@
 // Gradient penalties on CUDA: fastgan/ops/gradient_penalty.py has the formulas. Three launches: sums of squares of pieces of
 // rows, whose number follows from the shape alone; one block that adds them up in order and does all that comes per sample in
 // double; and the product with the factors. No atomics: the same bits on every run.
-#include <string>
-#include <tuple>
-#include <type_traits>
+#include "gradient_penalty.h"
 
 #include "cuda.h"
-#include "rows.h"
 
-namespace fastgan {
+namespace fastgan::gradient_penalty {
 namespace {
-
-enum class Kind { gradient_penalty, zero_centered, power, max };
-
-// The penalty as a function of q, the square of a norm.
-struct Form {
-  Kind kind;
-  double weight, target;
-  bool one_sided;
-  double power, count;
-};
 
 // sums[row, piece]
 template <class T, int N>
@@ -110,80 +97,36 @@ __global__ void __launch_bounds__(kBlock)
   });
 }
 
-void launch_scale(const char* op, const Device& device, const Rows& rows, const Tensor& factors, const Rows& out) {
-  const int64_t pieces = pieces_of_row(rows.length);
-  if (rows.count * rows.length == 0) return;
-  for_cuda_dtype(out.tensor.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    const bool packed = packs(rows.data, rows.stride, rows.count, sizeof(T)) && packs(out.data, out.stride, out.count, sizeof(T));
-    const auto kernel = packed ? scale<T, kPacked<T>> : scale<T, 1>;
-    kernel<<<grid_of(op, rows.count * pieces), kBlock, 0, device.stream>>>(
-        rows.in<T>(0), static_cast<const typename Accumulate<T>::type*>(factors.const_data_ptr()), out.out<T>(0), rows.stride,
-        factors.stride(0), out.stride, rows.length, pieces);
-    check_launch(op);
-  });
-}
+}  // namespace
 
-Kind kind_of(const std::string& name) {
-  const char* const names[] = {"gradient_penalty", "zero_centered", "power", "max"};
-  for (int kind = 0; kind < 4; ++kind)
-    if (name == names[kind]) return Kind(kind);
-  STD_TORCH_CHECK(false, "fastgan::gradient_penalty: kind is '", name, "', expected one of gradient_penalty, zero_centered, power, max");
-  return Kind::max;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& grads, std::string kind, double weight, double target, bool one_sided, double power) {
+void launch_norms(Dtype dtype, Strip grads, int64_t rows, int64_t length, const Form& form, double* sums, void* penalty, void* norms, void* factors,
+                  Stream stream) {
   const char* op = "gradient_penalty";
-  ++calls;
-  check_float(op, "grads", grads);
-  STD_TORCH_CHECK(grads.dim() > 0, "fastgan::", op, ": grads has no dimensions, expected (N, ...)");
-  const int64_t N = grads.size(0);
-  const Form form{kind_of(kind), weight, target, one_sided, power, N > 0 ? double(N) : 1};
-  const Device device(grads);
-  Output output(grads);
-  const Rows rows = Rows::like(grads, output.work), seeds(output.work);
-  const int64_t pieces = pieces_of_row(rows.length);
-  const ScalarType dtype = accumulate_dtype(grads.scalar_type());
-  Tensor penalty = torch::stable::new_empty(grads, {}, dtype), norms = torch::stable::new_empty(grads, {N}, dtype);
-  Tensor factors = torch::stable::new_empty(grads, {N}, dtype), sums = torch::stable::new_empty(grads, {N * pieces}, ScalarType::Double);
-  for_cuda_dtype(grads.scalar_type(), [&](auto type) {
+  const int64_t pieces = pieces_of_row(length);
+  for_dtype(dtype, [&](auto type) {
     using T = decltype(type);
     using A = typename Accumulate<T>::type;
-    double* of_pieces = static_cast<double*>(sums.mutable_data_ptr());
-    if (N) {
-      const auto kernel = packs(rows.data, rows.stride, rows.count, sizeof(T)) ? square_sums<T, kPacked<T>> : square_sums<T, 1>;
-      kernel<<<grid_of(op, N * pieces), kBlock, 0, device.stream>>>(rows.in<T>(0), of_pieces, rows.stride, rows.length, pieces);
+    if (rows) {
+      const auto kernel = packs<T>(grads, rows) ? square_sums<T, kPacked<T>> : square_sums<T, 1>;
+      kernel<<<grid_of(op, rows * pieces), kBlock, 0, stream>>>(grads.in<T>(), sums, grads.stride, length, pieces);
       check_launch(op);
     }
-    finish<A><<<1, kBlock, 0, device.stream>>>(of_pieces, static_cast<A*>(penalty.mutable_data_ptr()),
-                                                 static_cast<A*>(norms.mutable_data_ptr()), static_cast<A*>(factors.mutable_data_ptr()),
-                                                 N, pieces, form);
+    finish<A><<<1, kBlock, 0, stream>>>(sums, static_cast<A*>(penalty), static_cast<A*>(norms), static_cast<A*>(factors), rows, pieces, form);
     check_launch(op);
   });
-  launch_scale(op, device, rows, factors, seeds);
-  return {penalty, norms, factors, output.finish()};
 }
 
-Tensor backward(const Tensor& grads, const Tensor& factors) {
-  const char* op = "gradient_penalty_backward";
-  ++calls;
-  check_float(op, "grads", grads);
-  STD_TORCH_CHECK(grads.dim() > 0 && factors.dim() == 1 && factors.size(0) == grads.size(0), "fastgan::", op, ": factors has shape ",
-                  shape(factors), ", expected one number for each sample of grads, which has shape ", shape(grads));
-  STD_TORCH_CHECK(factors.scalar_type() == accumulate_dtype(grads.scalar_type()) && factors.device() == grads.device(), "fastgan::", op,
-                  ": factors is ", torch::headeronly::toString(factors.scalar_type()), ", expected a tensor of ",
-                  torch::headeronly::toString(accumulate_dtype(grads.scalar_type())), " on the device of grads");
-  const Device device(grads);
-  Output output(grads);
-  launch_scale(op, device, Rows::like(grads, output.work), factors, Rows(output.work));
-  return output.finish();
+void launch_scale(const char* op, Dtype dtype, Strip grads, Strip factors, Strip out, int64_t rows, int64_t length, Stream stream) {
+  const int64_t pieces = pieces_of_row(length);
+  if (rows * length == 0) return;
+  for_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    using A = typename Accumulate<T>::type;
+    const auto kernel = packs<T>(grads, rows) && packs<T>(out, rows) ? scale<T, kPacked<T>> : scale<T, 1>;
+    kernel<<<grid_of(op, rows * pieces), kBlock, 0, stream>>>(grads.in<T>(), factors.in<A>(), out.out<T>(), grads.stride, factors.stride,
+                                                              out.stride, length, pieces);
+    check_launch(op);
+  });
 }
 
-}  // namespace
-}  // namespace fastgan
-
-STABLE_TORCH_LIBRARY_IMPL(fastgan, CUDA, library) {
-  using namespace fastgan;
-  library.impl("gradient_penalty", TORCH_BOX(&forward));
-  library.impl("gradient_penalty_backward", TORCH_BOX(&backward));
-}
+}  // namespace fastgan::gradient_penalty

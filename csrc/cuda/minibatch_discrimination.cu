@@ -7,12 +7,11 @@
 // 16 bits become float on their way to shared memory, once per tile. Differences in pairs of 16 bits would be as exact as the
 // results show, but cost more: a difference and its absolute value is one instruction for two components, and then each has to be
 // turned into float to be added up, 2.5 instructions a component against 2 (docs/gpu.md).
-#include <algorithm>
-#include <tuple>
+#include "minibatch_discrimination.h"
 
 #include "cuda.h"
 
-namespace fastgan {
+namespace fastgan::minibatch_discrimination {
 namespace {
 
 constexpr int kLanes = 32, kWarps = 4, kThreads = kLanes * kWarps;
@@ -136,108 +135,30 @@ __global__ void __launch_bounds__(kThreads, 1)  // the 1: ptxas else spills a fe
   }
 }
 
-struct Call {
-  const char* op;
-  Tensor m;
-  const Tensor *tangent = nullptr, *grad = nullptr;
-  Tensor *values = nullptr, *gradient = nullptr;
-  bool self_term = true;
-};
-
-Tensor prepared(const Call& call, const char* name, const Tensor& tensor, int64_t dims) {
-  bool same = tensor.dim() == dims && tensor.scalar_type() == call.m.scalar_type() && tensor.device() == call.m.device();
-  for (int64_t dim = 0; same && dim < dims; ++dim) same = tensor.size(dim) == call.m.size(dim);
-  STD_TORCH_CHECK(same, "fastgan::", call.op, ": ", name, " has to have the device and dtype of m, and ",
-                  dims == 3 ? "its shape" : "its first two dimensions");
-  return torch::stable::contiguous(tensor);
-}
-
 template <typename T, int Chunk, bool Tangent, bool Components>
-void launch(const Call& call, const Tensor& m, const Tensor& tangent, const Tensor& grad) {
-  const int64_t B = m.size(0), K = m.size(1), D = m.size(2);
-  const int64_t blocks = (B + kLanes - 1) / kLanes * K * (Components ? (D + Chunk - 1) / Chunk : 1);
-  const auto in = [](const Tensor& tensor) { return static_cast<const T*>(tensor.const_data_ptr()); };
-  const auto out = [](Tensor* tensor) { return tensor ? static_cast<T*>(tensor->mutable_data_ptr()) : nullptr; };
+void launch_typed(const char* op, const Pairs& p, Stream stream) {
+  const int64_t blocks = (p.B + kLanes - 1) / kLanes * p.K * (Components ? (p.D + Chunk - 1) / Chunk : 1);
   constexpr int P = kTogether<typename Accumulate<T>::type>;
-  const auto packed = [&](const T* x) { return D % P == 0 && reinterpret_cast<uintptr_t>(x) % (P * sizeof(T)) == 0; };
-  const Device device(m);
-  pairs<T, Chunk, Tangent, Components><<<grid_of(call.op, blocks), kThreads, 0, device.stream>>>(
-      in(m), in(tangent), in(grad), out(call.values), out(call.gradient), B, K, D, call.self_term,
-      packed(in(m)) && packed(in(tangent)));
-  check_launch(call.op);
-}
-
-template <typename T, bool Tangent, bool Components>
-void run_typed(const Call& call) {
-  const Tensor m = torch::stable::contiguous(call.m);
-  const Tensor tangent = Tangent ? prepared(call, "the tangent", *call.tangent, 3) : m;
-  const Tensor grad = Components ? prepared(call, "grad", *call.grad, 2) : m;
-  if (m.size(2) <= 8)
-    launch<T, 8, Tangent, Components>(call, m, tangent, grad);
-  else
-    launch<T, 16, Tangent, Components>(call, m, tangent, grad);
-}
-
-// D of 0 has no components to copy and every distance 0.
-template <bool Tangent, bool Components>
-void run(const Call& call) {
-  ++calls;
-  const Tensor& m = call.m;
-  if (m.size(0) * m.size(1) * m.size(2) == 0) {
-    if (call.values) torch::stable::fill_(*call.values, Tangent ? 0 : m.size(0) - !call.self_term);
-    return;
-  }
-  for_cuda_dtype(m.scalar_type(), [&](auto type) { run_typed<decltype(type), Tangent, Components>(call); });
-}
-
-Call describe(const char* op, const Tensor& m) {
-  STD_TORCH_CHECK(m.dim() == 3, "fastgan::", op, ": m has ", m.dim(), " dimensions, expected (B, K, D)");
-  return {op, m};
-}
-
-Tensor new_values(const Tensor& m) { return torch::stable::new_empty(m, {m.size(0), m.size(1)}); }
-
-Tensor new_gradient(const Tensor& m) { return torch::stable::new_empty(m, {m.size(0), m.size(1), m.size(2)}); }
-
-Tensor forward(const Tensor& m, bool self_term) {
-  Call call = describe("minibatch_discrimination", m);
-  Tensor values = new_values(m);
-  call.values = &values, call.self_term = self_term;
-  run<false, false>(call);
-  return values;
-}
-
-Tensor backward(const Tensor& grad, const Tensor& m) {
-  Call call = describe("minibatch_discrimination_backward", m);
-  Tensor gradient = new_gradient(m);
-  call.grad = &grad, call.gradient = &gradient;
-  run<false, true>(call);
-  return gradient;
-}
-
-Tensor jvp(const Tensor& t, const Tensor& m) {
-  Call call = describe("minibatch_discrimination_jvp", m);
-  Tensor values = new_values(m);
-  call.tangent = &t, call.values = &values;
-  run<true, false>(call);
-  return values;
-}
-
-std::tuple<Tensor, Tensor> double_backward(const Tensor& v, const Tensor& grad, const Tensor& m) {
-  Call call = describe("minibatch_discrimination_double_backward", m);
-  Tensor values = new_values(m), gradient = new_gradient(m);
-  call.tangent = &v, call.grad = &grad, call.values = &values, call.gradient = &gradient;
-  run<true, true>(call);
-  return {values, gradient};
+  const auto packed = [&](const void* x) { return p.D % P == 0 && reinterpret_cast<uintptr_t>(x) % (P * sizeof(T)) == 0; };
+  pairs<T, Chunk, Tangent, Components><<<grid_of(op, blocks), kThreads, 0, stream>>>(
+      static_cast<const T*>(p.m), static_cast<const T*>(p.tangent), static_cast<const T*>(p.grad), static_cast<T*>(p.values),
+      static_cast<T*>(p.gradient), p.B, p.K, p.D, p.self_term, packed(p.m) && packed(p.tangent));
+  check_launch(op);
 }
 
 }  // namespace
-}  // namespace fastgan
 
-STABLE_TORCH_LIBRARY_IMPL(fastgan, CUDA, library) {
-  using namespace fastgan;
-  library.impl("minibatch_discrimination", TORCH_BOX(&forward));
-  library.impl("minibatch_discrimination_backward", TORCH_BOX(&backward));
-  library.impl("minibatch_discrimination_jvp", TORCH_BOX(&jvp));
-  library.impl("minibatch_discrimination_double_backward", TORCH_BOX(&double_backward));
+void launch(const char* op, const Pairs& p, Stream stream) {
+  for_dtype(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto run = [&](auto tangent, auto components) {
+      constexpr bool kTangent = decltype(tangent)::value, kComponents = decltype(components)::value;
+      if (p.D <= 8) launch_typed<T, 8, kTangent, kComponents>(op, p, stream);
+      else launch_typed<T, 16, kTangent, kComponents>(op, p, stream);
+    };
+    if (p.tangent) p.gradient ? run(std::true_type(), std::true_type()) : run(std::true_type(), std::false_type());
+    else p.gradient ? run(std::false_type(), std::true_type()) : run(std::false_type(), std::false_type());
+  });
 }
+
+}  // namespace fastgan::minibatch_discrimination

@@ -16,15 +16,9 @@
 
 #include <cuda_pipeline_primitives.h>
 
-#include <string>
-#include <tuple>
-#include <type_traits>
-#include <vector>
-
 #include "cuda.h"
 
-namespace fastgan {
-namespace spectral_norm {
+namespace fastgan::spectral_norm {
 namespace {
 
 constexpr int kThreadBits = 8;
@@ -459,33 +453,17 @@ __global__ void __launch_bounds__(kThreads) combine(const __grid_constant__ Laye
   }
 }
 
-// The dispatcher's side.
-
-using Tensors = std::vector<Tensor>;
-
-struct Iteration {
-  int64_t count;
-  double eps;
-  bool v_first, write = true;
-};
-
-struct Target {
-  double value;
-  bool at_most;
-};
-
+// Launches for layers of one dtype.
 struct Group {
-  std::vector<Layer> layers;
-  Device& device;
   const char* op;
+  const std::vector<Layer>& layers;
+  Stream stream;
 
   // kernel(layers, arguments...) with the blocks that each layer takes, for as many layers at a time as a launch can be told of.
   template <class K, class B, class... Arguments>
   void launch(Kernel number, K* kernel, int64_t shared, const B& blocks_of, Arguments... arguments) const {
-    if (shared > 48 << 10) {
-      const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-      STD_TORCH_CHECK(error == cudaSuccess, "fastgan::", op, " can't have ", shared, " bytes of shared memory: ", cudaGetErrorString(error));
-    }
+    if (shared > 48 << 10)
+      check_cuda(op, "can't have its shared memory", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
     for (size_t begin = 0; begin < layers.size(); begin += kLayers) {
       Layers some;
       some.count = int32_t(std::min<size_t>(kLayers, layers.size() - begin));
@@ -496,235 +474,46 @@ struct Group {
         blocks += blocks_of(layers[begin + i]);
       }
       if (blocks == 0) continue;
-      kernel<<<grid_of(op, blocks), kThreads, shared, device.stream>>>(some, arguments...);
+      kernel<<<grid_of(op, blocks), kThreads, shared, stream>>>(some, arguments...);
       check_launch(op);
     }
   }
 };
 
-// Is x stored with its second dimension innermost (channels_last) and without gaps?
-bool second_innermost(const Tensor& x) {
-  int64_t stride = 1;
-  const auto next = [&](int64_t dim) {
-    const bool fits = x.size(dim) == 1 || x.stride(dim) == stride;
-    stride *= x.size(dim);
-    return fits;
-  };
-  bool fits = x.dim() > 2 && next(1);
-  for (int64_t dim = x.dim() - 1; fits && dim > 1; --dim) fits = next(dim);
-  return fits && next(0);
-}
-
-// A weight, and what is computed for it, in memory that kernels go through: a copy where its own layout isn't one of theirs.
-struct Weight {
-  Tensor dense, result, work;
-  bool transposed;
-
-  Weight(const char* op, const Tensor& weight, int64_t dim, bool write) {
-    check_float(op, "weight", weight);
-    STD_TORCH_CHECK(-weight.dim() <= dim && dim < weight.dim(), "fastgan::", op, ": dim is ", dim, ", out of range for a weight of shape ",
-                    shape(weight));
-    transposed = dim % weight.dim() == 0 && !weight.is_contiguous() && second_innermost(weight);
-    dense = transposed ? weight : torch::stable::contiguous(weight);
-    if (!write) return;
-    result = torch::stable::empty_like(weight);
-    work = same_layout(result, dense) ? result : torch::stable::new_empty(weight, weight.sizes());
-  }
-  Tensor like_dense(const Tensor& x) const {
-    return same_layout(x, dense) ? x : transposed ? laid_out_as(x, dense) : torch::stable::contiguous(x);
-  }
-  Tensor finish() {
-    if (work.get() != result.get()) torch::stable::copy_(result, work);
-    return result;
-  }
-  Layer layer(const char* op, int64_t dim) const {
-    dim = dim < 0 ? dim + dense.dim() : dim;
-    int64_t rows = dense.size(dim), columns = 1, run = 1;
-    for (int64_t d = 0; d < dense.dim(); ++d) {
-      if (d != dim) columns *= dense.size(d);
-      if (d > dim) run *= dense.size(d);
-    }
-    STD_TORCH_CHECK(std::max(rows, columns) < (int64_t(1) << 31) - 1024, "fastgan::", op, ": a weight of ", rows, " rows and ", columns,
-                    " columns is too long: fewer than 2^31 - 1024 of each are expected");
-    Layer layer = {};
-    layer.weight = dense.const_data_ptr();
-    layer.rows = int32_t(rows), layer.columns = int32_t(columns), layer.run = int32_t(larger(1, run));
-    layer.inner = transposed ? int32_t(dense.size(1)) : layer.columns;
-    return layer;
-  }
-};
-
-Tensor checked_vector(const char* op, const char* name, const Tensor& x, const Tensor& weight, int64_t length) {
-  STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == length, "fastgan::", op, ": ", name, " has shape ", shape(x), ", expected (", length,
-                  ",) for a weight of shape ", shape(weight));
-  const ScalarType dtype = accumulate_dtype(weight.scalar_type());
-  STD_TORCH_CHECK(x.scalar_type() == dtype && x.device() == weight.device(), "fastgan::", op, ": ", name, " is ",
-                  torch::headeronly::toString(x.scalar_type()), ", expected a tensor of ", torch::headeronly::toString(dtype),
-                  " on the device of weight");
-  return torch::stable::contiguous(x);
-}
-
-void check_devices(const char* op, const Tensors& weights) {
-  for (const Tensor& weight : weights)
-    STD_TORCH_CHECK(weight.device() == weights[0].device(), "fastgan::", op, ": weights on several devices have to be normalised by a call for each");
-}
-
-template <class T> void run_iterations(const Group& group, const Iteration& iteration, const Target& target) {
-  using A = typename Accumulate<T>::type;
-  const bool v_first = iteration.v_first, iterate = iteration.count > 0;
-  int64_t shared = 0;
-  for (const Layer& layer : group.layers)
-    shared = larger(shared, shared_bytes(layer.own, layer.chunk, v_first, sizeof(T), sizeof(A)));
-  for (int64_t step = 0; step < larger(1, iteration.count); ++step) {
-    const bool first = step == 0, write = iteration.write && step + 1 >= iteration.count;
-    group.launch(kProducts, products<T>, shared, [&](const Layer& layer) { return layer.product_blocks(v_first); }, v_first, first, iterate);
-    if (iterate)
-      group.launch(kReduce, reduce<A>, 0, [&](const Layer& layer) { return layer.reduce_blocks(v_first); }, v_first, iteration.eps);
-    group.launch(kFinish, finish<T>, 0, [&](const Layer& layer) { return layer.finish_blocks(write); }, v_first, first, iterate, write,
-                 iteration.eps, target.value, target.at_most);
-  }
-}
-
-// All of the lists are as long as weights; sigma has room for as many numbers. The first results are empty if not asked for.
-std::tuple<Tensors, Tensors, Tensors> run_forward(const char* op, const Tensors& weights, const Tensors& us, const Tensors& vs,
-                                                  const std::vector<int64_t>& dims, const Tensor& sigma, const Iteration& iteration, const Target& target) {
-  ++calls;
-  check_devices(op, weights);
-  std::vector<Weight> each;
-  std::vector<Layer> layers;
-  Tensors results, new_us, new_vs, held;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    each.emplace_back(op, weights[i], dims[i], iteration.write);
-    layers.push_back(each[i].layer(op, dims[i]));
-    held.push_back(checked_vector(op, "u", us[i], weights[i], layers[i].rows));
-    held.push_back(checked_vector(op, "v", vs[i], weights[i], layers[i].columns));
-  }
-  Device device(weights[0]);
-  int limit = 0;
-  cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, weights[0].get_device_index());
-  int64_t room = 0;
-  std::vector<int64_t> places;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const int64_t size = weights[i].element_size();
-    choose_tiles(layers[i], iteration.v_first, size, limit - kStaticShared);
-    places.push_back(room);
-    room += size == 8 ? Scratch<double>::bytes(layers[i], iteration.v_first) : Scratch<float>::bytes(layers[i], iteration.v_first);
-  }
-  Tensor scratch = torch::stable::new_empty(weights[0], {room}, ScalarType::Byte);
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const Tensor &u = held[2 * i], &v = held[2 * i + 1];
-    new_us.push_back(torch::stable::empty_like(u)), new_vs.push_back(torch::stable::empty_like(v));
-    Layer& layer = layers[i];
-    layer.u = u.const_data_ptr(), layer.v = v.const_data_ptr();
-    layer.new_u = new_us[i].mutable_data_ptr(), layer.new_v = new_vs[i].mutable_data_ptr();
-    layer.sigma = static_cast<char*>(sigma.mutable_data_ptr()) + i * sigma.element_size();
-    layer.scratch = static_cast<char*>(scratch.mutable_data_ptr()) + places[i];
-    if (iteration.write) layer.out = each[i].work.mutable_data_ptr();
-  }
-  for (ScalarType dtype : kDtypes) {
-    Group group{{}, device, op};
-    for (size_t i = 0; i < weights.size(); ++i)
-      if (weights[i].scalar_type() == dtype) group.layers.push_back(layers[i]);
-    if (!group.layers.empty()) for_cuda_dtype(dtype, [&](auto type) { run_iterations<decltype(type)>(group, iteration, target); });
-  }
-  for (Weight& weight : each)
-    if (iteration.write) results.push_back(weight.finish());
-  return {results, new_us, new_vs};
-}
-
-template <class T> void run_backward_kernels(const Group& group, const Target& target) {
-  group.launch(kInner, inner<T>, 0, [](const Layer& layer) { return layer.inner_blocks(); });
-  group.launch(kCombine, combine<T>, 0, [](const Layer& layer) { return layer.rectangles(sizeof(T)); }, target.value, target.at_most);
-}
-
-Tensors run_backward(const char* op, const Tensors& grads, const Tensors& weights, const Tensors& us, const Tensors& vs, const Tensor& sigma,
-                     const std::vector<int64_t>& dims, const Target& target) {
-  ++calls;
-  check_devices(op, weights);
-  std::vector<Weight> each;
-  std::vector<Layer> layers;
-  Tensors results, held{torch::stable::contiguous(sigma)};
-  std::vector<int64_t> places;
-  int64_t room = 0;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const Tensor &weight = weights[i], &grad = grads[i];
-    each.emplace_back(op, weight, dims[i], true);
-    Layer layer = each[i].layer(op, dims[i]);
-    STD_TORCH_CHECK(same_shape(grad, weight) && grad.scalar_type() == weight.scalar_type() && grad.device() == weight.device(), "fastgan::", op,
-                    ": grad has shape ", shape(grad), ", expected one like weight, ", shape(weight), ", of its dtype and on its device");
-    STD_TORCH_CHECK(sigma.scalar_type() == accumulate_dtype(weight.scalar_type()) && sigma.numel() == int64_t(weights.size()) &&
-                        sigma.device() == weight.device(),
-                    "fastgan::", op, ": sigma has to be of u's dtype, on the device of weight, and hold a number per weight");
-    held.push_back(checked_vector(op, "u", us[i], weight, layer.rows)), layer.u = held.back().const_data_ptr();
-    held.push_back(checked_vector(op, "v", vs[i], weight, layer.columns)), layer.v = held.back().const_data_ptr();
-    held.push_back(each[i].like_dense(grad)), layer.grad = held.back().const_data_ptr();
-    layer.out = each[i].work.mutable_data_ptr();
-    layer.sigma = static_cast<char*>(held[0].mutable_data_ptr()) + i * sigma.element_size();  // only read
-    layers.push_back(layer), places.push_back(room);
-    room += layer.inner_blocks() * int64_t(sizeof(double));
-  }
-  Device device(weights[0]);
-  Tensor scratch = torch::stable::new_empty(weights[0], {room}, ScalarType::Byte);
-  for (size_t i = 0; i < weights.size(); ++i) layers[i].scratch = static_cast<char*>(scratch.mutable_data_ptr()) + places[i];
-  for (ScalarType dtype : kDtypes) {
-    Group group{{}, device, op};
-    for (size_t i = 0; i < weights.size(); ++i)
-      if (weights[i].scalar_type() == dtype) group.layers.push_back(layers[i]);
-    if (!group.layers.empty()) for_cuda_dtype(dtype, [&](auto type) { run_backward_kernels<decltype(type)>(group, target); });
-  }
-  for (Weight& weight : each) results.push_back(weight.finish());
-  return results;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& weight, const Tensor& u, const Tensor& v, int64_t dim, int64_t count, double eps,
-                                                   bool v_first, double target, bool at_most) {
-  Tensor sigma = torch::stable::new_empty(u, {});
-  auto [results, us, vs] = run_forward("spectral_norm", {weight}, {u}, {v}, {dim}, sigma, {count, eps, v_first}, {target, at_most});
-  return {results[0], us[0], vs[0], sigma};
-}
-
-std::tuple<Tensor, Tensor, Tensor> sigma_of(const Tensor& weight, const Tensor& u, const Tensor& v, int64_t dim, int64_t count, double eps, bool v_first) {
-  Tensor sigma = torch::stable::new_empty(u, {});
-  auto [_, us, vs] = run_forward("spectral_norm_sigma", {weight}, {u}, {v}, {dim}, sigma, {count, eps, v_first, false}, {1, false});
-  return {us[0], vs[0], sigma};
-}
-
-Tensor backward(const Tensor& grad, const Tensor& weight, const Tensor& u, const Tensor& v, const Tensor& sigma, int64_t dim, double target, bool at_most) {
-  return run_backward("spectral_norm_backward", {grad}, {weight}, {u}, {v}, sigma, {dim}, {target, at_most})[0];
-}
-
-void check_lists(const char* op, size_t weights, std::initializer_list<size_t> others) {
-  for (size_t length : others)
-    STD_TORCH_CHECK(length == weights, "fastgan::", op, ": there are ", weights, " weights, and lists of other lengths with them: ", length);
-  STD_TORCH_CHECK(weights > 0, "fastgan::", op, ": weights is empty, expected one or more");
-}
-
-std::tuple<Tensors, Tensors, Tensors, Tensor> multi(Tensors weights, Tensors u, Tensors v, std::vector<int64_t> dims, int64_t count, double eps,
-                                                    bool v_first, double target, bool at_most) {
-  const char* op = "spectral_norm_multi";
-  check_lists(op, weights.size(), {u.size(), v.size(), dims.size()});
-  for (const Tensor& x : u)
-    STD_TORCH_CHECK(x.scalar_type() == u[0].scalar_type(), "fastgan::", op, ": weights of 64 bits and of fewer have to be normalised by two calls");
-  Tensor sigma = torch::stable::new_empty(u[0], {int64_t(weights.size())});
-  auto [results, us, vs] = run_forward(op, weights, u, v, dims, sigma, {count, eps, v_first}, {target, at_most});
-  return {results, us, vs, sigma};
-}
-
-Tensors multi_backward(Tensors grads, Tensors weights, Tensors u, Tensors v, Tensor sigma, std::vector<int64_t> dims, double target, bool at_most) {
-  const char* op = "spectral_norm_multi_backward";
-  check_lists(op, weights.size(), {grads.size(), u.size(), v.size(), dims.size()});
-  return run_backward(op, grads, weights, u, v, sigma, dims, {target, at_most});
-}
-
 }  // namespace
-}  // namespace spectral_norm
-}  // namespace fastgan
 
-STABLE_TORCH_LIBRARY_IMPL(fastgan, CUDA, library) {
-  using namespace fastgan::spectral_norm;
-  library.impl("spectral_norm", TORCH_BOX(&forward));
-  library.impl("spectral_norm_sigma", TORCH_BOX(&sigma_of));
-  library.impl("spectral_norm_backward", TORCH_BOX(&backward));
-  library.impl("spectral_norm_multi", TORCH_BOX(&multi));
-  library.impl("spectral_norm_multi_backward", TORCH_BOX(&multi_backward));
+int64_t shared_limit(int device) {
+  int limit = 0;
+  cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return limit - kStaticShared;
 }
+
+void launch_forward(const char* op, Dtype dtype, const std::vector<Layer>& layers, const Iteration& iteration, const Target& target, Stream stream) {
+  const Group group{op, layers, stream};
+  const bool v_first = iteration.v_first, iterate = iteration.count > 0;
+  for_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    using A = typename Accumulate<T>::type;
+    int64_t shared = 0;
+    for (const Layer& layer : layers) shared = larger(shared, shared_bytes(layer.own, layer.chunk, v_first, sizeof(T), sizeof(A)));
+    for (int64_t step = 0; step < larger(1, iteration.count); ++step) {
+      const bool first = step == 0, write = iteration.write && step + 1 >= iteration.count;
+      group.launch(kProducts, products<T>, shared, [&](const Layer& layer) { return layer.product_blocks(v_first); }, v_first, first, iterate);
+      if (iterate)
+        group.launch(kReduce, reduce<A>, 0, [&](const Layer& layer) { return layer.reduce_blocks(v_first); }, v_first, iteration.eps);
+      group.launch(kFinish, finish<T>, 0, [&](const Layer& layer) { return layer.finish_blocks(write); }, v_first, first, iterate, write,
+                   iteration.eps, target.value, target.at_most);
+    }
+  });
+}
+
+void launch_backward(const char* op, Dtype dtype, const std::vector<Layer>& layers, const Target& target, Stream stream) {
+  const Group group{op, layers, stream};
+  for_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    group.launch(kInner, inner<T>, 0, [](const Layer& layer) { return layer.inner_blocks(); });
+    group.launch(kCombine, combine<T>, 0, [](const Layer& layer) { return layer.rectangles(sizeof(T)); }, target.value, target.at_most);
+  });
+}
+
+}  // namespace fastgan::spectral_norm

@@ -4,6 +4,10 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <vector>
+
+#include "launch.h"
+#include "parameters.h"
 
 #ifdef __CUDACC__
 #define FASTGAN_BOTH __host__ __device__
@@ -117,5 +121,9 @@ inline int64_t choose_tiles(Layer& layer, bool v_first, int64_t size, int64_t li
   layer.own = int32_t(own), layer.chunk = int32_t(chunk), layer.tiles = int32_t(larger(1, layer.tiles));
   return shared_bytes(own, chunk, v_first, size, accumulated);
 }
+
+int64_t shared_limit(int device);  // bytes, of a block's tile and what goes with it
+void launch_forward(const char* op, Dtype dtype, const std::vector<Layer>& layers, const Iteration& iteration, const Target& target, Stream stream);
+void launch_backward(const char* op, Dtype dtype, const std::vector<Layer>& layers, const Target& target, Stream stream);
 
 }  // namespace fastgan::spectral_norm

@@ -1,11 +1,9 @@
 // tangent_combine on CUDA: fastgan/ops/tangent_combine.py has the formulas. One launch, two reads and two writes.
-#include <tuple>
-#include <type_traits>
+#include "tangent_combine.h"
 
 #include "cuda.h"
-#include "rows.h"
 
-namespace fastgan {
+namespace fastgan::tangent_combine {
 namespace {
 
 template <class T, int N>
@@ -34,39 +32,21 @@ __global__ void __launch_bounds__(kBlock)
   });
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& t, const Tensor& a, const Tensor& factors, double slope) {
+}  // namespace
+
+void launch(Dtype dtype, Strip t, Strip a, Strip factors, Strip passed, Strip combined, int64_t rows, int64_t length, double slope, Stream stream) {
   const char* op = "tangent_combine";
-  ++calls;
-  check_float(op, "t", t);
-  STD_TORCH_CHECK(t.dim() > 0, "fastgan::", op, ": t has no dimensions, expected (B, ...)");
-  STD_TORCH_CHECK(same_shape(a, t) && a.scalar_type() == t.scalar_type() && a.device() == t.device(), "fastgan::", op,
-                  ": a has shape ", shape(a), ", expected one like t, ", shape(t), ", of its dtype and on its device");
-  STD_TORCH_CHECK(factors.dim() == 0 || (factors.dim() == 1 && factors.size(0) == t.size(0)), "fastgan::", op, ": factors has shape ",
-                  shape(factors), ", expected () or one number for each sample of t, which has shape ", shape(t));
-  STD_TORCH_CHECK(factors.scalar_type() == accumulate_dtype(t.scalar_type()) && factors.device() == t.device(), "fastgan::", op,
-                  ": factors is ", torch::headeronly::toString(factors.scalar_type()), ", expected a tensor of ",
-                  torch::headeronly::toString(accumulate_dtype(t.scalar_type())), " on the device of t");
-  const Device device(t);
-  Output passed(t), combined(t);
-  const Rows tangents = Rows::like(t, passed.work), activations = Rows::like(a, passed.work), first(passed.work), second(combined.work);
-  const int64_t pieces = pieces_of_row(first.length);
-  if (first.count * first.length)
-    for_cuda_dtype(t.scalar_type(), [&](auto type) {
-      using T = decltype(type);
-      using A = typename Accumulate<T>::type;
-      bool packed = true;
-      for (const Rows* rows : {&tangents, &activations, &first, &second})
-        packed = packed && packs(rows->data, rows->stride, rows->count, sizeof(T));
-      const auto kernel = packed ? combine<T, kPacked<T>> : combine<T, 1>;
-      kernel<<<grid_of(op, first.count * pieces), kBlock, 0, device.stream>>>(
-          tangents.in<T>(0), activations.in<T>(0), static_cast<const A*>(factors.const_data_ptr()), first.out<T>(0), second.out<T>(0),
-          tangents.stride, activations.stride, factors.dim() ? factors.stride(0) : 0, first.stride, first.length, pieces, A(slope));
-      check_launch(op);
-    });
-  return {passed.finish(), combined.finish()};
+  const int64_t pieces = pieces_of_row(length);
+  if (rows * length == 0) return;
+  for_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    using A = typename Accumulate<T>::type;
+    const bool packed = packs<T>(t, rows) && packs<T>(a, rows) && packs<T>(passed, rows) && packs<T>(combined, rows);
+    const auto kernel = packed ? combine<T, kPacked<T>> : combine<T, 1>;
+    kernel<<<grid_of(op, rows * pieces), kBlock, 0, stream>>>(t.in<T>(), a.in<T>(), factors.in<A>(), passed.out<T>(), combined.out<T>(), t.stride,
+                                                              a.stride, factors.stride, passed.stride, length, pieces, A(slope));
+    check_launch(op);
+  });
 }
 
-}  // namespace
-}  // namespace fastgan
-
-STABLE_TORCH_LIBRARY_IMPL(fastgan, CUDA, library) { library.impl("tangent_combine", TORCH_BOX(&fastgan::forward)); }
+}  // namespace fastgan::tangent_combine
