@@ -14,8 +14,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from itertools import dropwhile
 from pathlib import Path
 
@@ -70,6 +68,8 @@ def what_to_build() -> tuple[str, str]:
             problem = f"torch {torch.__version__} is older than {TORCH_TARGET[0]}.{TORCH_TARGET[1]}"
         elif compiler is None:
             problem = "there is no C++ compiler (set CXX, or install g++)"
+        elif find_ninja() is None:
+            problem = "there is no ninja (pip install ninja)"
         elif sys.platform == "win32":
             problem = "the native kernels need GCC or Clang"
     if problem:
@@ -104,44 +104,35 @@ def cuda_flags() -> tuple[list[str], str]:
     return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"], "+".join(archs)
 
 
-@cache
-def content(path: str) -> bytes:
+def find_ninja() -> str | None:
+    """On PATH, or as the package from PyPI brings it, which need not be on PATH."""
     try:
-        return hashlib.sha256(Path(path).read_bytes()).digest()
-    except OSError:
-        return b""  # a header that is gone
-
-
-def fingerprint(command: list[str], depfile: Path) -> str:
-    """Of what an object was made by and from: the command, and every file that the compiler says it read."""
-    text = depfile.read_text().replace("\\\n", " ") if depfile.exists() else ""
-    read = shlex.split(text.partition(": ")[2])
-    return hashlib.sha256(repr([command, *((path, content(path)) for path in read)]).encode()).hexdigest()
+        from ninja import BIN_DIR
+    except ImportError:
+        return shutil.which("ninja")
+    return shutil.which("ninja", path=BIN_DIR) or shutil.which("ninja")
 
 
 def compile_sources(commands: dict[Path, list[str]], folder: Path, jobs: int) -> list[str]:
-    """The objects of sources, made in this order by as many compilers at once, but for those that are as they would be made."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The objects of sources; ninja makes those again whose command, text or headers have changed."""
 
-    def make(source: Path) -> str:
+    def escaped(text, also: str = "") -> str:
+        return re.sub(rf"[$\n{also}]", lambda found: "$" + found[0], str(text))
+
+    lines = ["rule compile", "  command = $compiler -MMD -MF $out.d -c $in -o $out", "  depfile = $out.d", "  deps = gcc"]
+    lines += ["  description = compiling $name"]
+    objects = {}
+    for source, command in commands.items():
         name = source.relative_to(ROOT).as_posix()
-        output = folder / f"{name.replace('/', '.')}.{hashlib.sha256(repr(commands[source]).encode()).hexdigest()[:8]}.o"
-        depfile, record = output.with_suffix(".d"), output.with_suffix(".made")
-        command = [*commands[source], "-c", str(source), "-o", str(output), "-MMD", "-MF", str(depfile)]
-        if not (output.exists() and record.exists() and record.read_text() == fingerprint(command, depfile)):
-            say(f"compiling {name}")
-            record.unlink(missing_ok=True)
-            if subprocess.run(command).returncode:
-                raise SystemExit(f"fastgan: {shlex.join(command)} failed")
-            record.write_text(fingerprint(command, depfile))
-        return str(output)
-
-    with ThreadPoolExecutor(jobs) as pool:
-        results = [pool.submit(make, source) for source in commands]
-        try:
-            return [result.result() for result in results]
-        finally:
-            pool.shutdown(cancel_futures=True)
+        objects[source] = folder / (name.replace("/", ".") + ".o")
+        lines += [f"build {escaped(objects[source], ' :')}: compile {escaped(source, ' :')}"]
+        lines += [f"  compiler = {escaped(shlex.join(command))}", f"  name = {escaped(name)}"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    # Its progress is no output of ours: tools that build packages read that.
+    if subprocess.run([find_ninja(), "-C", str(folder), "-j", str(jobs)], stdout=sys.stderr).returncode:
+        raise SystemExit("fastgan: the native kernels did not compile; the compiler's words are above")
+    return list(map(str, objects.values()))
 
 
 def extension(kind: str) -> dict:
@@ -153,7 +144,9 @@ def extension(kind: str) -> dict:
     gencode, archs = cuda_flags() if kind == "cuda" else ([], "none")
     oldest = f"{TORCH_TARGET[0]}.{TORCH_TARGET[1]}"
     record = f"version={VERSION};sources={sources_digest()};target={oldest};torch={torch.__version__};cuda={archs}"
-    (build / "fastgan_build.h").write_text(f'#define FASTGAN_BUILD_RECORD "{record}"\n')
+    header, text = build / "fastgan_build.h", f'#define FASTGAN_BUILD_RECORD "{record}"\n'
+    if not header.exists() or header.read_text() != text:
+        header.write_text(text)
 
     csrc = ROOT / "csrc"
     folders = (csrc, csrc / "cpu", *([csrc / "cuda"] if kind == "cuda" else []))
