@@ -13,3 +13,16 @@ def every_case() -> list:
     names = sorted(found.name for found in pkgutil.iter_modules(__path__))
     names = [name for name in names if not name.startswith(("test_", "conftest", "__"))]
     return [case for name in names for case in getattr(importlib.import_module(f".{name}", __name__), "CASES", ())]
+
+
+def make_cases(op: str, size: str, dtype) -> list:
+    """Cases of an operator that are of this size and ``torch.dtype``, one a mode, by the ``made`` of its file.
+
+    Raises:
+        ValueError: the operator is measured in given networks only, or its sizes have another form.
+    """
+    module = importlib.import_module(f".{op}", __name__)
+    if not hasattr(module, "made"):
+        there = ", ".join(sorted({f"{case.shape} {case.dtype}" for case in module.CASES}))
+        raise ValueError(f"{op} is measured in whole networks, of which there are {there}")
+    return module.made(size, dtype)
