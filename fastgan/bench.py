@@ -253,12 +253,26 @@ def compare(before: dict, after: dict) -> tuple[list[list[str]], list[str]]:
     return rows, regressions
 
 
+def _results(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text())
+        assert all("cases" in result and "machine" in result for result in found.values())
+    except (ValueError, AttributeError, TypeError, AssertionError):
+        raise ValueError(f"{path} holds no results; fastgan bench --json writes them") from None
+    return found
+
+
 def _compare(paths) -> int:
-    before, after = (json.loads(path.read_text()) for path in paths)
+    before, after = map(_results, paths)
     rows, regressions = compare(before, after)
     if not rows and not regressions:
         print(f"fastgan bench: {paths[0]} and {paths[1]} have no case and allocator in common", file=sys.stderr)
         return 2
+    machines = [
+        [{k: r["machine"].get(k) for k in ("processor", "gpu", "threads")} for r in f.values()] for f in (before, after)
+    ]
+    if any(one != other for one in machines[0] for other in machines[1]):
+        print(f"measured on different machines or by different numbers of threads: {machines[0][0]} and {machines[1][0]}")
     headings = ["case", "over", "before", "after", "change", "time before", "after", ""]
     print(render("Speed-ups before and after", headings, rows))
     for line in regressions:

@@ -123,19 +123,20 @@ def lines(
     ticks = sorted({x for x, _ in every})
     for x in ticks[:: max(1, math.ceil(len(ticks) / 7))]:
         body.append(_text(place(x, 10**lo_y)[0], bottom + 17, f"{x:g}", "middle", soft=True))
-    for name, x in (marks or {}).items():
+    for x in (marks or {}).values():
         if lo_x <= math.log10(x) <= hi_x:
             at = place(x, 10**lo_y)[0]
             body += [
                 f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{bottom}" stroke="currentColor" stroke-dasharray="3 3"/>'
             ]
-            body += [_text(at, top - 4, name, "end" if at > _WIDTH / 2 else "start")]
     for i, values in enumerate(points.values()):
         colour = COLOURS[i % len(COLOURS)]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (place(x, y) for x, y in values))
         body.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         body += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in (place(x, y) for x, y in values)]
     legend, height = _legend(list(points), bottom + 44)
+    for name, x in (marks or {}).items():  # below, where names of lines close together don't cover each other
+        legend, height = [*legend, _text(4, height + 10, f"dashed: {name}, {x:g}", soft=True)], height + 18
     return figure(title, _svg(height, body + legend, title))
 
 

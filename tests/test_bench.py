@@ -188,6 +188,12 @@ def test_regressions_beyond_the_spread(tmp_path, capsys):
     assert [status(name) for name in ("before", "noise", "slower", "failed", "other")] == [0, 0, 1, 1, 2]
     assert "slower: sum 4096 forward (default): 2.00x becomes 1.60x over eager" in capsys.readouterr().out
     assert bench.main(["--compare", str(files["before"]), str(tmp_path / "nowhere")]) == 2
+    files["noise"].write_text("[1]")
+    assert status("noise") == 2 and "noise.json holds no results" in capsys.readouterr().err
+    elsewhere = copy.deepcopy(RESULT)
+    elsewhere["default"]["machine"]["processor"] = "another"
+    files["slower"].write_text(json.dumps(elsewhere))
+    assert status("slower") == 0 and "different machines" in capsys.readouterr().out
     faster = copy.deepcopy(RESULT)
     faster["default"]["cases"][0]["speedup"]["eager"] = {"median": 3.0, "low": 2.9, "high": 3.1}
     assert bench.compare(RESULT, faster)[0][0][-1] == "faster"

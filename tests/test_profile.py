@@ -199,6 +199,16 @@ def test_an_error_of_the_loop_comes_out_and_hooks_go():
     assert not nn.modules.module._global_forward_pre_hooks
 
 
+def test_what_goes_wrong_as_tracing_starts_comes_out(monkeypatch):
+    def start(self):
+        raise MemoryError("no memory for a trace")
+
+    monkeypatch.setattr(torch.profiler.profile, "start", start)
+    with pytest.raises(MemoryError, match="for a trace"), fastgan.profile(**SHORT):
+        train(Net(16, 1), Net(4, 16))
+    assert not nn.modules.module._global_forward_pre_hooks
+
+
 def test_too_short_a_loop_says_so():
     with pytest.raises(RuntimeError, match="ended after 2 iterations, and the first 5"), fastgan.profile():
         train(Net(16, 1), Net(4, 16), iterations=2)
@@ -430,7 +440,7 @@ def stepper(tmp_path):
 @pytest.mark.skipif(limits.resource is None or sys.platform != "linux", reason="needs RLIMIT_AS")
 def test_sweep_ends_where_memory_ends(stepper, monkeypatch):
     monkeypatch.setattr(batches, "_with_fastgan", lambda source: False)  # the other form only takes as long again
-    found = batches.sweep(stepper, [4, 512, 1024], memory=1 << 30, advice=False)
+    found = batches.sweep(stepper, [4, 512, 1024], memory=1 << 30, advice=False, patience=60.0)
     first, last = found.points["plain"]
     assert first["status"] == "measured" and first["seconds"]["median"] > 0 and "critic forward" in first["parts"], first
     assert first["peak_bytes"] is None or 32 << 20 <= first["peak_bytes"] < 128 << 20
@@ -622,6 +632,12 @@ def test_pages_in_a_browser(tmp_path):
         assert not entry["errors"] and entry["charts"] >= charts and not entry["empty"] and entry["marks"] > 1, entry
         assert entry["scroll"] <= entry["inner"] <= entry["width"] and entry["smallest"] >= 9, entry
         assert not entry["out"], entry["out"]
+
+
+def test_names_of_lines_do_not_cover_each_other():
+    chart = html.lines("c", {"a": [(1, 1), (2, 2)]}, "x", "y", marks={"knee a": 1, "knee b": 2})
+    heights = re.findall(r'y="([0-9.]+)"[^>]*>dashed: knee', chart)
+    assert len(heights) == 2 and float(heights[1]) - float(heights[0]) >= 12
 
 
 def test_pages_escape_what_scripts_are_called():

@@ -124,6 +124,7 @@ def _profile(options) -> Profile:
         stop=not options.finish,
     )
     if not options.no_gains and not _other_rank():
+        print("fastgan profile: measuring what fastgan would gain", file=sys.stderr)
         found.measure_gains(options.seconds)
     return found
 
