@@ -5,6 +5,7 @@ fastgan is installed; its files therefore import each other relatively.
 """
 
 import importlib
+import json
 import pkgutil
 
 
@@ -13,3 +14,22 @@ def every_case() -> list:
     names = sorted(found.name for found in pkgutil.iter_modules(__path__))
     names = [name for name in names if not name.startswith(("test_", "conftest", "__"))]
     return [case for name in names for case in getattr(importlib.import_module(f".{name}", __name__), "CASES", ())]
+
+
+def read_rows(path) -> list[dict]:
+    """Results of cases, a line each; a line that was being written when the machine went down is left out."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def make_cases(op: str, size: str, dtype) -> list:
+    """Cases of an operator that are of this size and ``torch.dtype``, one a mode, by the ``made`` of its file.
+
+    Raises:
+        ValueError: the operator is measured in given networks only, or its sizes have another form.
+    """
+    module = importlib.import_module(f".{op}", __name__)
+    if not hasattr(module, "made"):
+        there = ", ".join(sorted({f"{case.shape} {case.dtype}" for case in module.CASES}))
+        raise ValueError(f"{op} is measured in whole networks, of which there are {there}")
+    return module.made(size, dtype)

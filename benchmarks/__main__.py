@@ -1,7 +1,8 @@
 """``python -m benchmarks``: test the operators, then measure them with both allocator settings, then report.
 
 Prints a table, writes OUT/results.json, OUT/speedup.png and pytest-benchmark's own files. A speed-up is shown only where the
-operator's tests passed first and every candidate agreed with float64.
+operator's tests passed first and every candidate agreed with float64. Each case is written to OUT/rows-ALLOCATOR.jsonl once it
+is measured; --resume goes on from there.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from fastgan import measure
 
-from . import every_case
+from . import every_case, read_rows
 from .case import OURS, mode_of
 
 ROOT = Path(__file__).parent.parent
@@ -29,10 +30,11 @@ def tests_pass(op: str) -> bool:
 
 def measure_all(out: Path, which: str, ops: list[str], seconds: float) -> dict:
     """Run the cases in a child process with the allocator ``which``."""
-    target = (out / f"pytest-benchmark-{which}.json").resolve()
+    target, kept = ((out / name).resolve() for name in (f"pytest-benchmark-{which}.json", f"rows-{which}.jsonl"))
     command = [sys.executable, "-m", "pytest", "-q", "benchmarks", "--seconds", str(seconds), "-k", " or ".join(ops)]
     command += [
         f"--benchmark-json={target}",
+        f"--rows={kept}",
         "--benchmark-disable-gc",
         "--benchmark-columns=median,iqr",
         "-p",
@@ -40,9 +42,11 @@ def measure_all(out: Path, which: str, ops: list[str], seconds: float) -> dict:
     ]
     code = "import json; from fastgan import measure; print(json.dumps(measure.machine()))"
     environment = measure.allocator_environment(which)
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    subprocess.run(command, cwd=ROOT, env=environment)  # a case that fails is named there, and the others are kept
     machine = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    rows = [entry["extra_info"] for entry in json.loads(target.read_text())["benchmarks"]]
+    order = {case.id: place for place, case in enumerate(every_case())}
+    rows = [row for row in read_rows(kept) if row["op"] in ops]
+    rows.sort(key=lambda row: order.get(f"{row['op']}-{row['shape']}-{row['mode']}", len(order)))
     return {"machine": json.loads(machine.stdout), "cases": rows}
 
 
@@ -132,6 +136,7 @@ def main() -> int:
     parser.add_argument("--op", action="append", choices=ops, help="only this operator (may be repeated)")
     parser.add_argument("--seconds", type=float, default=4.0, help="how long the rounds of one case go on")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
+    parser.add_argument("--resume", action="store_true", help="keep what an earlier call measured, and measure the rest")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     console = Console()
@@ -143,13 +148,23 @@ def main() -> int:
             console.print(f"[red]{op}: its tests fail, so nothing is measured[/red] (pytest -k {op})")
     if not passed:
         return 1
-    results = {which: measure_all(arguments.out, which, passed, arguments.seconds) for which in ("tuned", "default")}
-    (arguments.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    results, halves = {}, ("tuned", "default")
+    for which in halves if not arguments.resume else ():
+        (arguments.out / f"rows-{which}.jsonl").unlink(missing_ok=True)
+    for which in halves:
+        results[which] = measure_all(arguments.out, which, passed, arguments.seconds)
+        (arguments.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    wanted = sum(case.op in passed for case in every_case())
+    missing = [which for which, result in results.items() if len(result["cases"]) < wanted]
     plot(results, arguments.out / "speedup.png")
     for which in results:
         console.print(table(results, which))
     console.print(f"written to {arguments.out}/: results.json, speedup.png")
-    return 0 if len(passed) == len(arguments.op or ops) else 1
+    if missing:
+        console.print(
+            f"[red]cases failed or were cut off, allocator {', '.join(missing)}[/red]; --resume measures what is missing"
+        )
+    return 1 if missing or len(passed) < len(arguments.op or ops) else 0
 
 
 if __name__ == "__main__":

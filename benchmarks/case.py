@@ -13,6 +13,8 @@ from .flops import flops as flops_of
 
 OURS = "fastgan"
 STREAM = "stream"  # the yardstick of cases that are bound by reading memory
+#: what torch does by itself, in the order of preference: in 16 bits its error is what ours is judged by
+_TORCH = ("eager", "torch", "broadcast", "cdist", "compile")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Case:
     truth: Callable[[], tuple[Tensor, ...]]
     #: baseline (or "best") -> speed-up aimed at
     goals: Mapping[str, float] = field(default_factory=dict)
+    #: relative error that any candidate may have; in 16 bits, ours may have twice what torch's own has
     tolerance: float = 1e-4
     #: bytes that any candidate has to read; with it, the rates of ours and of reading alone are measured too
     reads: int = 0
@@ -59,6 +62,34 @@ def mode_of(row: dict) -> str:
     return f"{row['mode']} ({rates[row['ours']] / 1e9:.0f} of {rates[STREAM] / 1e9:.0f} GB/s)"
 
 
+def numbers(size: str, form: str, at_least: int = 0) -> tuple[int, ...]:
+    """The numbers of a size such as 512x128x16. ``form``: what it is like, "BxKxD, such as 512x128x16"; ``at_least``: so many.
+
+    Raises:
+        ValueError: another form.
+    """
+    parts = size.split("x")
+    right = len(parts) >= at_least if at_least else len(parts) == form.partition(",")[0].count("x") + 1
+    if not right or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"size {size}: expected {form}")
+    return tuple(map(int, parts))
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def sized(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> str:
+    """What a case is called: its numbers, and its dtype unless that is float32."""
+    return "x".join(map(str, shape)) + ("" if dtype == torch.float32 else "-" + name_of(dtype))
+
+
+def cdist(x: Tensor, y: Tensor, p: float = 2.0) -> Tensor:
+    """torch.cdist, which has no float16 for p = 1 on a CPU: users go through float32 there."""
+    narrow = p != 2 and x.dtype.itemsize < 4
+    return torch.cdist(x.float(), y.float(), p).to(x.dtype) if narrow else torch.cdist(x, y, p)
+
+
 def check(case: Case, candidates: Mapping[str, Callable]) -> dict[str, float]:
     """Relative error of each candidate against float64. No speed-up of something wrong is ever reported."""
     truth = case.truth()
@@ -66,8 +97,13 @@ def check(case: Case, candidates: Mapping[str, Callable]) -> dict[str, float]:
     for name, run in candidates.items():
         results = run()
         errors[name] = max(((r.double() - t).norm() / t.norm()).item() for r, t in zip(results, truth, strict=True))
-        if not errors[name] <= case.tolerance:
-            raise AssertionError(f"{case.id}: {name} is off by {errors[name]:.2e} (limit {case.tolerance:.0e})")
+    limits = dict.fromkeys(errors, case.tolerance)
+    if getattr(torch, case.dtype).itemsize < 4:
+        own = next(errors[name] for name in _TORCH if name in errors)
+        limits = {name: 2 * own for name in errors if name.startswith(OURS)}
+    for name, limit in limits.items():
+        if not errors[name] <= limit:
+            raise AssertionError(f"{case.id}: {name} is off by {errors[name]:.2e} (limit {limit:.1e})")
     return errors
 
 

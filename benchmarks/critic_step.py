@@ -74,6 +74,16 @@ def _case(name: str, batch: int, mode: str, goal: float, compiled: bool = False)
     return Case("critic_step", f"{name}-b{batch}", mode, candidates, truth, goals, tolerance=1e-3, flops=-1)
 
 
+def made(size: str, dtype: torch.dtype) -> list[Case]:
+    form = f"NETWORK-bBATCH, such as dcgan64-b32, with one of {', '.join(CRITICS)}"
+    name, _, batch = size.rpartition("-b")
+    if name not in CRITICS or not batch.isdecimal() or int(batch) < 1:
+        raise ValueError(f"size {size}: expected {form}")
+    if dtype != torch.float32:
+        raise ValueError(f"dtype {dtype}: whole networks are measured in float32")
+    return [_case(name, int(batch), mode, _GOALS[mode]) for mode in MODES]
+
+
 _GOALS = {"R1+R2": 1.6, "R1": 1.35, "WGAN-GP": 1.28}
 _IMAGES = ("dcgan64", "sngan-resnet32", "r3gan-like32")
 # Compiled once per critic and only at the smaller batch: inductor takes minutes for each mode. The textbook step of the critic

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from fastgan.ops import gradient_penalty as op
 from fastgan.ops import tangent_combine
 
-from .case import OURS, Case
+from .case import OURS, Case, name_of, numbers, sized
 
 
 def _wgan_gp(g):
@@ -54,11 +54,12 @@ def _case(shape, mode, dtype=torch.float32, autograd=False) -> Case:
         return g.to(dtype).requires_grad_()
 
     def candidates():
-        # dynamic=False: inductor's best for the one shape; in float32, as 16 bits overflow the textbook's sums
-        compiled = torch.compile(lambda g: textbook(g.float()), dynamic=False)
+        # dynamic=False: inductor's best for the one shape; in float32 or more, as 16 bits overflow the textbook's sums
+        wide = torch.promote_types(dtype, torch.float32)
+        compiled = torch.compile(lambda g: textbook(g.to(wide)), dynamic=False)
         return {
             OURS: ours(start()),
-            "eager": _both(lambda g: textbook(g.float()), start()),
+            "eager": _both(lambda g: textbook(g.to(wide)), start()),
             "compile": _both(compiled, start()),
         }
 
@@ -66,23 +67,21 @@ def _case(shape, mode, dtype=torch.float32, autograd=False) -> Case:
         g = start().detach().double().requires_grad_()
         return _both(textbook, g)()
 
-    name = "x".join(map(str, shape)) + ("" if dtype == torch.float32 else "-" + str(dtype).removeprefix("torch."))
-    tolerance = 1e-4 if dtype == torch.float32 else 5e-3
     mode += " autograd" if autograd else ""
     moves = 2 * math.prod(shape) * dtype.itemsize  # the gradient, and the penalty's derivative
-    kind = str(dtype).removeprefix("torch.")
-    return Case("gradient_penalty", name, mode, candidates, truth, {"eager": 3.0}, tolerance, moves=moves, dtype=kind)
+    goals, kind = {"eager": 3.0}, name_of(dtype)
+    return Case("gradient_penalty", sized(shape, dtype), mode, candidates, truth, goals, moves=moves, dtype=kind)
 
 
-def _combine_case(shape) -> Case:
+def _combine_case(shape, dtype=torch.float32) -> Case:
     def start():
         torch.manual_seed(0)
         t, a, factors = torch.randn(shape), torch.randn(shape), torch.randn(shape[0])
-        return t, F.leaky_relu(a, 0.2), factors
+        return t.to(dtype), F.leaky_relu(a, 0.2).to(dtype), factors.to(torch.promote_types(dtype, torch.float32))
 
     def eager(t, a, factors):
         passed = torch.ops.aten.leaky_relu_backward(t, a, 0.2, False)
-        return passed, torch.addcmul(passed, a, factors.view(-1, *[1] * (a.dim() - 1)))
+        return passed, torch.addcmul(passed, a, factors.to(a.dtype).view(-1, *[1] * (a.dim() - 1)))
 
     def candidates():
         values = start()
@@ -95,12 +94,18 @@ def _combine_case(shape) -> Case:
 
     return Case(
         "gradient_penalty",
-        "x".join(map(str, shape)),
+        sized(shape, dtype),
         "tangent_combine",
         candidates,
         lambda: tangent_combine.forward_reference(*(x.double() for x in start()), 0.2),
-        moves=4 * math.prod(shape) * 4,  # two tensors read, two written
+        moves=4 * math.prod(shape) * dtype.itemsize,  # two tensors read, two written
+        dtype=name_of(dtype),
     )
+
+
+def made(size: str, dtype: torch.dtype) -> list[Case]:
+    shape = numbers(size, "BxN or BxCxHxW and so on, such as 32x3x128x128", at_least=2)
+    return [*(_case(shape, mode, dtype) for mode in FORMS), _combine_case(shape, dtype)]
 
 
 CASES = [

@@ -8,7 +8,8 @@ from torch import Tensor
 import fastgan
 from fastgan.ops.minibatch_discrimination import backward_reference, forward_reference
 
-from .case import OURS, Case
+from .case import OURS, Case, name_of, numbers, sized
+from .case import cdist as distances
 
 
 def broadcast(m: Tensor) -> Tensor:
@@ -17,7 +18,7 @@ def broadcast(m: Tensor) -> Tensor:
 
 def cdist(m: Tensor) -> Tensor:
     x = m.transpose(0, 1)
-    return torch.exp(-torch.cdist(x, x, p=1)).sum(-1).T
+    return torch.exp(-distances(x, x, p=1)).sum(-1).T
 
 
 def keops(m: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ def baselines(m: Tensor, double: bool = False) -> dict:
     found = {"cdist": cdist, "compile": torch.compile(broadcast, dynamic=False)}
     if m.shape[0] * m.numel() * m.element_size() <= BROADCAST_BYTES:
         found["broadcast"] = broadcast
-    if importlib.util.find_spec("pykeops"):
+    if m.dtype.itemsize >= 4 and importlib.util.find_spec("pykeops"):
         found["keops"] = keops
     return found
 
@@ -92,19 +93,25 @@ def _truth(mode: str, m: Tensor):
         return _penalty(fastgan.minibatch_discrimination, m)()
 
 
-def _case(shape: tuple[int, int, int], mode: str, goals: dict) -> Case:
-    m = _features(*shape)
+def _case(shape: tuple[int, int, int], mode: str, goals: dict, dtype=torch.float32) -> Case:
+    m = _features(*shape).to(dtype)
     run = _RUNS[mode]
 
     def candidates():
         functions = {OURS: fastgan.minibatch_discrimination} | baselines(m, mode == "penalty")
         return {name: run(function, m) for name, function in functions.items()}
 
-    name, (b, k, d) = "x".join(map(str, shape)), shape
+    b, k, d = shape
     pairs = b * (b - 1) / 2 * k
     # difference, magnitude and sum per coordinate and pair; the derivative takes them again, and a sign and two sums
     flops = {"forward": 3 * d * pairs, "forward+backward": 9 * d * pairs}.get(mode, 0)
-    return Case("minibatch_discrimination", name, mode, candidates, lambda: _truth(mode, m), goals, flops=flops)
+    name, truth = sized(shape, dtype), lambda: _truth(mode, m)
+    return Case("minibatch_discrimination", name, mode, candidates, truth, goals, flops=flops, dtype=name_of(dtype))
+
+
+def made(size: str, dtype: torch.dtype) -> list[Case]:
+    shape = numbers(size, "BxKxD, such as 512x128x16")
+    return [_case(shape, mode, {}, dtype) for mode in _RUNS]
 
 
 _LARGE = {"cdist": 12.0, "compile": 8.0}

@@ -6,7 +6,7 @@ import torch
 
 import fastgan
 
-from .case import OURS, Case
+from .case import OURS, Case, name_of, numbers, sized
 
 K = 3
 
@@ -26,21 +26,32 @@ def _keops(x, y):
     return ((LazyTensor(x[:, None]) - LazyTensor(y[None])) ** 2).sum(-1).Kmin(K, dim=1).sqrt()
 
 
-def _case(n: int, d: int) -> Case:
-    def start(dtype=torch.float32):
+def _case(n: int, d: int, dtype=torch.float32) -> Case:
+    def start(work=dtype):
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(n, d, generator=generator).to(dtype), torch.randn(n, d, generator=generator).to(dtype)
+        return tuple(torch.randn(n, d, generator=generator).to(dtype).to(work) for _ in range(2))
 
     def candidates():
         x, y = start()
         functions = {OURS: lambda x, y: fastgan.nearest_distances(x, y, k=K), "cdist": _whole, "cdist in blocks": _in_blocks}
-        if d <= 64 and importlib.util.find_spec("pykeops"):  # it takes many minutes to compile for more coordinates
+        if (
+            d <= 64 and dtype.itemsize >= 4 and importlib.util.find_spec("pykeops")
+        ):  # it takes many minutes to compile for more coordinates
             functions["keops"] = _keops
         return {name: lambda function=function: (function(x, y),) for name, function in functions.items()}
 
     truth = lambda: (_whole(*start(torch.float64)),)  # noqa: E731
     flops = 2.0 * n * n * d  # the work is a matrix product
-    return Case("nearest_distances", f"{n}x{d}", "forward", candidates, truth, {"best": 0.95}, flops=flops)
+    name, kind = sized((n, d), dtype), name_of(dtype)
+    return Case("nearest_distances", name, "forward", candidates, truth, {"best": 0.95}, flops=flops, dtype=kind)
+
+
+def made(size: str, dtype: torch.dtype) -> list[Case]:
+    form = f"NxD with N of at least {K}, such as 2048x128"
+    n, d = numbers(size, form)
+    if n < K:
+        raise ValueError(f"size {size}: expected {form}")
+    return [_case(n, d, dtype)]
 
 
 CASES = [_case(4096, 64), _case(4096, 512), _case(4096, 2048)]

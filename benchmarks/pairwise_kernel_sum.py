@@ -7,7 +7,7 @@ from torch import Tensor
 
 import fastgan
 
-from .case import OURS, Case
+from .case import OURS, Case, cdist, name_of, numbers, sized
 
 N, D = 4096, 64
 #: Of features such as Inception's, whose kernel inception distance the polynomial kernel is.
@@ -26,7 +26,7 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
 def kernel_of(kernel: str, s: float):
     """What plain torch makes of each: the (N, M) matrix, by the fastest formula that torch has for it."""
     return {
-        "laplacian": lambda x, y: torch.exp(torch.cdist(x, y, p=1) / -s),
+        "laplacian": lambda x, y: torch.exp(cdist(x, y, p=1) / -s),
         "gaussian": lambda x, y: torch.exp(squared_distances(x, y) / (-2 * s * s)),
         "energy": lambda x, y: torch.cdist(x, y) / -s,
         "polynomial": lambda x, y: (x @ y.T / s + 1).pow(3),
@@ -90,9 +90,9 @@ def discrepancies() -> dict:
     return found
 
 
-def _points(d: int) -> tuple[Tensor, Tensor]:
+def _points(n: int, m: int, d: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(N, d, generator=generator), 0.9 * torch.randn(N, d, generator=generator) + 0.1
+    return torch.randn(n, d, generator=generator), 0.9 * torch.randn(m, d, generator=generator) + 0.1
 
 
 def _run(mode: str, function, x: Tensor, y: Tensor):
@@ -107,15 +107,18 @@ def _run(mode: str, function, x: Tensor, y: Tensor):
     return run
 
 
-def _case(name: str, mode: str, goal: float, d: int = D) -> Case:
+MODES = ("forward", "forward+backward", "forward+backward of both")
+
+
+def _case(name: str, mode: str, goal: float | None, d: int = D, n: int = N, m: int = N, dtype=torch.float32) -> Case:
     make = discrepancies if name == "mmd" else lambda: functions(name, d)
 
     def candidates():
-        x, y = _points(d)
+        x, y = (z.to(dtype) for z in _points(n, m, d))
         return {name: _run(mode, function, x, y) for name, function in make().items()}
 
     def truth():
-        x, y = _points(d)
+        x, y = (z.to(dtype) for z in _points(n, m, d))
         if name == "mmd":
             function = lambda x, y: fastgan.mmd(x, y, bandwidths=bandwidth_of("gaussian", D))  # noqa: E731
         else:
@@ -124,15 +127,27 @@ def _case(name: str, mode: str, goal: float, d: int = D) -> Case:
             return _run(mode, function, x.double(), y.double())()
 
     # the difference of means is small, and what is left of their digits few
-    return Case(
-        "pairwise_kernel_sum", f"{name} {N}x{N}x{d}", mode, candidates, truth, {"best": goal}, 1e-3 if name == "mmd" else 1e-4
-    )
+    tolerance, goals = 1e-3 if name == "mmd" else 1e-4, {"best": goal} if goal else {}
+    shape, kind = f"{name} {sized((n, m, d), dtype)}", name_of(dtype)
+    return Case("pairwise_kernel_sum", shape, mode, candidates, truth, goals, tolerance, dtype=kind)
+
+
+KERNELS = ("laplacian", "gaussian", "energy", "polynomial")
+
+
+def made(size: str, dtype: torch.dtype) -> list[Case]:
+    form = f"NxMxD, such as 1024x1024x32, for all of {', '.join(KERNELS)}, or with one before it, 'gaussian 1024x1024x32'"
+    *kernel, shape = size.split()
+    if len(kernel) > 1 or not set(kernel) <= set(KERNELS):
+        raise ValueError(f"size {size}: expected {form}")
+    n, m, d = numbers(shape, form)
+    return [_case(name, mode, None, d, n, m, dtype) for name in kernel or KERNELS for mode in MODES]
 
 
 CASES = [
-    *(_case("laplacian", mode, 5.0) for mode in ("forward", "forward+backward", "forward+backward of both")),
-    *(_case(kernel, mode, 0.95) for kernel in ("gaussian", "energy", "polynomial") for mode in ("forward", "forward+backward")),
-    *(_case(kernel, "forward+backward of both", 0.95) for kernel in ("gaussian", "energy", "polynomial")),
+    *(_case("laplacian", mode, 5.0) for mode in MODES),
+    *(_case(kernel, mode, 0.95) for kernel in KERNELS[1:] for mode in MODES[:2]),
+    *(_case(kernel, MODES[2], 0.95) for kernel in KERNELS[1:]),
     *(_case(kernel, mode, 0.95, MANY) for kernel in ("gaussian", "polynomial") for mode in ("forward", "forward+backward")),
     _case("mmd", "forward+backward", 0.95),
 ]

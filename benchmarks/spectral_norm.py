@@ -14,7 +14,7 @@ from fastgan import losses
 from fastgan.ops.spectral_norm import backward_reference, forward_reference, sigma_reference
 
 from . import critics
-from .case import OURS, Case
+from .case import OURS, Case, name_of, numbers, sized
 
 
 def _block(inside: int, outside: int, shortcut: bool = True) -> list[tuple[int, ...]]:
@@ -38,12 +38,13 @@ MODELS = {
 }
 
 
-def _layers(shapes, normalise) -> nn.ModuleList:
+def _layers(shapes, normalise, dtype=torch.float32) -> nn.ModuleList:
     generator = torch.Generator().manual_seed(0)
     layers = nn.ModuleList()
     for shape in shapes:
         layer = nn.Module()
-        layer.weight = nn.Parameter(torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:])))
+        weight = torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
+        layer.weight = nn.Parameter(weight.to(dtype))
         torch.manual_seed(0)
         layers.append(normalise(layer))
     return layers
@@ -53,9 +54,9 @@ def _read(layers) -> list[Tensor]:
     return [layer.weight for layer in layers]
 
 
-def _gradients(shapes) -> list[Tensor]:
+def _gradients(shapes, dtype=torch.float32) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(shape, generator=generator) for shape in shapes]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
 def _originals(layers) -> list[Tensor]:
@@ -92,10 +93,10 @@ def _one_call(layers, grads):
     return run
 
 
-def _truth(shapes):
+def _truth(shapes, dtype):
     results = []
     with torch.no_grad():
-        for layer, grad in zip(_layers(shapes, torch_spectral_norm), _gradients(shapes), strict=True):
+        for layer, grad in zip(_layers(shapes, torch_spectral_norm, dtype), _gradients(shapes, dtype), strict=True):
             norm = layer.parametrizations.weight[0]
             weight = layer.parametrizations.weight.original.double()
             _, u, v, sigma = forward_reference(weight, norm._u.double(), norm._v.double(), 0, 1, 1e-12, False, 1.0, False)
@@ -115,13 +116,13 @@ def _compiled(layers, grads):
     return _traced(layers, _forward_backward(torch.compile(_read, dynamic=False, fullgraph=True), layers, grads))
 
 
-def _case(name: str, mode: str, goal: float | None) -> Case:
-    shapes = MODELS[name]
+def _case(name: str, mode: str, goal: float | None, shapes=None, dtype=torch.float32) -> Case:
+    shapes = shapes or MODELS[name]
 
     def candidates():
         torch._dynamo.reset()
-        grads = _gradients(shapes)
-        mine, eager, compiled = (_layers(shapes, form) for form in (fastgan.spectral_norm, *[torch_spectral_norm] * 2))
+        grads = _gradients(shapes, dtype)
+        mine, eager, compiled = (_layers(shapes, form, dtype) for form in (fastgan.spectral_norm, *[torch_spectral_norm] * 2))
         if mode == "compiled":
             return {OURS: _compiled(mine, grads), "compile": _compiled(compiled, grads)}
         return {
@@ -134,10 +135,15 @@ def _case(name: str, mode: str, goal: float | None) -> Case:
     # torch.compile of torch's own is 1.3e-3 off in the gradient of SNGAN's (128, 3, 1, 1) weight and 1.7e-4 in one of
     # BigGAN's; fastgan and eager torch are within 1e-6, as the results show.
     # forward W twice and the result, backward the gradient twice, W and the result, as the README says
-    moves = 7 * 4 * sum(math.prod(shape) for shape in shapes)
-    return Case(
-        "spectral_norm", name, f"forward+backward, {mode}", candidates, lambda: _truth(shapes), goals, 2e-3, moves=moves
-    )
+    moves, kind = 7 * dtype.itemsize * sum(math.prod(shape) for shape in shapes), name_of(dtype)
+    mode, truth = f"forward+backward, {mode}", lambda: _truth(shapes, dtype)
+    return Case("spectral_norm", name, mode, candidates, truth, goals, 2e-3, moves=moves, dtype=kind)
+
+
+def made(size: str, dtype: torch.dtype) -> list[Case]:
+    """Of one weight."""
+    shape = numbers(size, "the shape of a weight, such as 512x4608 or 64x32x3x3", at_least=2)
+    return [_case(sized(shape, dtype), mode, None, [shape], dtype) for mode in ("by layer", "compiled")]
 
 
 def _sigma_case(name: str, v_first: bool) -> Case:

@@ -1,8 +1,11 @@
 """Every case under pytest-benchmark: its statistics are fastgan's own time, the comparison goes into ``extra_info``."""
 
+import json
+from pathlib import Path
+
 import pytest
 
-from . import every_case
+from . import every_case, read_rows
 from .case import OURS, run
 
 CASES = every_case()
@@ -10,6 +13,12 @@ CASES = every_case()
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_speed(benchmark, case, pytestconfig):
-    seconds = float(pytestconfig.getoption("--seconds"))
-    benchmark.extra_info.update(run(case, seconds))
+    seconds, rows = float(pytestconfig.getoption("--seconds")), pytestconfig.getoption("--rows")
+    if rows and any(case.id == f"{row['op']}-{row['shape']}-{row['mode']}" for row in read_rows(Path(rows))):
+        pytest.skip("measured already")
+    row = run(case, seconds)
+    if rows:
+        with open(rows, "a") as file:
+            file.write(json.dumps(row) + "\n")
+    benchmark.extra_info.update(row)
     benchmark.pedantic(case.candidates()[OURS], rounds=5, warmup_rounds=1)

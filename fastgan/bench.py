@@ -22,6 +22,7 @@ import fastgan
 from fastgan import html, measure
 from fastgan.tables import duration, render, size
 
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 KINDS = ("fwd", "bwd", "double", "step")
 _SLOWER = 0.03  # a loss smaller than this is not called a regression
 
@@ -60,8 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--op", action="append", metavar="OP", help="only this operator (may be repeated, as the next four)")
     add("--mode", action="append", choices=KINDS, help="forward, with backward, a penalty's derivative, a training step")
-    add("--size", action="append", metavar="SIZE", help="only cases whose size is or begins with this, e.g. 256x64x16")
-    add("--dtype", action="append", metavar="DTYPE", help="only this dtype, e.g. bfloat16")
+    add(
+        "--size",
+        action="append",
+        help="only cases whose size is or begins with this; with --op any other is made, e.g. 512x128x16",
+    )
+    add("--dtype", action="append", choices=DTYPES, help="only this dtype; with --op cases that lack are made")
     add("--baseline", action="append", metavar="NAME", help="only against these, e.g. eager, torch, cdist, compile")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--allocator", choices=("current", "default", "tuned"), default="current", help="C allocator settings to run under")
@@ -73,30 +78,57 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def select(cases, options) -> list:
-    """The cases that were asked for.
+def _begins(shape: str, asked: str | None) -> bool:
+    """A whole number, not 64 of 640."""
+    return asked is None or shape == asked or (shape.startswith(asked) and shape[len(asked)] in "x- ")
+
+
+def select(cases, options, make=None) -> list:
+    """The cases that were asked for. ``make(op, size, dtype)`` makes those of a named operator that are not among ``cases``.
 
     Raises:
-        ValueError: there is none; says what there is.
+        ValueError: there is none; says what there is, or what form a size has.
     """
 
-    def chosen(case) -> bool:
-        return all(
-            (
-                not options.op or case.op in options.op,
-                not options.mode or case.kind in options.mode,
-                not options.size or any(case.shape.startswith(s) for s in options.size),
-                not options.dtype or case.dtype in options.dtype,
-            )
-        )
+    def having(wanted, pick):
+        return not wanted or pick in wanted
 
-    found = [case for case in cases if chosen(case)]
+    some = [case for case in cases if having(options.op, case.op) and having(options.mode, case.kind)]
+    found = []
+    for op in options.op or [None]:
+        for extent in options.size or [None]:
+            for dtype in options.dtype or [None]:
+                there = [
+                    case
+                    for case in some
+                    if (op is None or case.op == op) and _begins(case.shape, extent) and having(dtype, case.dtype)
+                ]
+                if not there and make and op in {case.op for case in cases} and (extent or dtype):
+                    there = [case for case in _made(cases, op, extent, dtype, make) if having(options.mode, case.kind)]
+                found += [case for case in there if case not in found]
     if not found:
         for option, pick in (("op", "op"), ("mode", "kind"), ("size", "shape"), ("dtype", "dtype")):
             asked, there = getattr(options, option), sorted({getattr(case, pick) for case in cases})
             if asked and not any(t.startswith(a) for a in asked for t in there):
-                raise ValueError(f"--{option} {' '.join(asked)}: there are {', '.join(there)}")
+                way = "; name an operator with --op and they are made" if option in ("size", "dtype") and not options.op else ""
+                raise ValueError(f"--{option} {' '.join(asked)}: there are {', '.join(there)}{way}")
         raise ValueError("no case has all of these together; fastgan bench --list names them")
+    return found
+
+
+def _made(cases, op: str, size: str | None, dtype: str | None, make) -> list:
+    """Of one operator: of this size, or of the sizes that its cases have."""
+    wanted = getattr(torch, dtype or "float32")
+    if size is not None:
+        return make(op, size, wanted)
+    found, problem = [], None
+    for shape in dict.fromkeys(case.shape for case in cases if case.op == op and case.dtype == "float32"):
+        try:
+            found += make(op, shape, wanted)
+        except ValueError as error:  # a whole network's name
+            problem = error
+    if not found and problem:
+        raise problem
     return found
 
 
@@ -221,12 +253,26 @@ def compare(before: dict, after: dict) -> tuple[list[list[str]], list[str]]:
     return rows, regressions
 
 
+def _results(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text())
+        assert all("cases" in result and "machine" in result for result in found.values())
+    except (ValueError, AttributeError, TypeError, AssertionError):
+        raise ValueError(f"{path} holds no results; fastgan bench --json writes them") from None
+    return found
+
+
 def _compare(paths) -> int:
-    before, after = (json.loads(path.read_text()) for path in paths)
+    before, after = map(_results, paths)
     rows, regressions = compare(before, after)
     if not rows and not regressions:
         print(f"fastgan bench: {paths[0]} and {paths[1]} have no case and allocator in common", file=sys.stderr)
         return 2
+    machines = [
+        [{k: r["machine"].get(k) for k in ("processor", "gpu", "threads")} for r in f.values()] for f in (before, after)
+    ]
+    if any(one != other for one in machines[0] for other in machines[1]):
+        print(f"measured on different machines or by different numbers of threads: {machines[0][0]} and {machines[1][0]}")
     headings = ["case", "over", "before", "after", "change", "time before", "after", ""]
     print(render("Speed-ups before and after", headings, rows))
     for line in regressions:
@@ -244,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.compare:
             return _compare(options.compare)
         package = _benchmarks()
-        cases = select(package.every_case(), options)
+        cases = select(package.every_case(), options, package.make_cases)
     except (ValueError, OSError) as error:
         print(f"fastgan bench: {error}", file=sys.stderr)
         return 2

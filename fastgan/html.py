@@ -6,6 +6,7 @@ from html import escape
 
 COLOURS = ("#0b7a75", "#d1495b", "#edae49", "#3d5a80", "#7b5ea7", "#5f9e3f", "#c8702a", "#4aa3c7", "#8a8a8a", "#b0578d")
 _WIDTH, _ROW, _LABEL = 400, 26, 148  # of a chart's own coordinates: about CSS pixels on a phone
+_SHORT = 20  # characters of a name that stands beside its bar
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1d2327;--soft:#5c6670;--line:#d9dee2;--paper:#fff;--panel:#f6f8f9}
 @media(prefers-color-scheme:dark){:root{--ink:#e8ebed;--soft:#a4adb5;--line:#3a4248;--paper:#15191c;--panel:#1d2226}}
@@ -18,7 +19,7 @@ figcaption{font-weight:600;margin-bottom:6px}
 svg{display:block;width:100%;max-width:560px;height:auto;font:12px system-ui,sans-serif}
 svg text{fill:var(--ink)}svg .soft{fill:var(--soft)}svg .grid{stroke:var(--line)}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;overflow-wrap:normal}
-th,td{padding:4px 10px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th,td{padding:4px 10px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap;vertical-align:top}
 th:first-child,td:first-child{text-align:left}td.long{white-space:normal;text-align:left;min-width:14em}
 """
 
@@ -57,7 +58,7 @@ def _text(x, y, value, anchor="start", soft=False) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{style}>{escape(str(value))}</text>'
 
 
-def _cut(label: str, room: int = 20) -> str:
+def _cut(label: str, room: int) -> str:
     return label if len(label) <= room else label[: room - 1] + "…"
 
 
@@ -75,21 +76,24 @@ def _legend(names: Sequence[str], y: float) -> tuple[list[str], float]:
 
 
 def bars(title: str, values: Mapping[str, float], form=lambda value: f"{value:g}", mark: float | None = None) -> str:
-    """One horizontal bar per entry, its value behind it; ``mark``: a line at this value."""
-    room = _WIDTH - _LABEL - 84
+    """One horizontal bar per entry, its value behind it; ``mark``: a line at this value. Long names stand above their bars."""
+    above = any(len(name) > _SHORT for name in values)
+    left, row, down = (4, _ROW + 16, 16) if above else (_LABEL, _ROW, 0)
+    room = _WIDTH - left - 84
     most = max([*values.values(), mark or 0.0, 1e-30])
     body = []
     for i, (name, value) in enumerate(values.items()):
-        y, width = i * _ROW, max(0.5, room * max(value, 0.0) / most)
+        y, width = i * row, max(0.5, room * max(value, 0.0) / most)
+        label = _text(left, y + 14, _cut(name, 60)) if above else _text(left - 6, y + 17, name, "end")
         body += [
-            f"<g><title>{escape(name)}</title>{_text(_LABEL - 6, y + 17, _cut(name), 'end')}</g>",
-            f'<rect x="{_LABEL}" y="{y + 4}" width="{width:.1f}" height="{_ROW - 8}" rx="2" fill="{COLOURS[0]}"/>',
-            _text(_LABEL + width + 5, y + 17, form(value)),
+            f"<g><title>{escape(name)}</title>{label}</g>",
+            f'<rect x="{left}" y="{y + down + 4}" width="{width:.1f}" height="{_ROW - 8}" rx="2" fill="{COLOURS[0]}"/>',
+            _text(left + width + 5, y + down + 17, form(value)),
         ]
-    if mark is not None:
-        x, bottom = _LABEL + room * mark / most, len(values) * _ROW
-        body.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{bottom}" stroke="currentColor" stroke-dasharray="3 3"/>')
-    return figure(title, _svg(max(1, len(values)) * _ROW + 4, body, title))
+        if mark is not None:  # not through the names
+            x = left + room * mark / most
+            body.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y + down}" y2="{y + row}" stroke="currentColor"/>')
+    return figure(title, _svg(max(1, len(values)) * row + 4, body, title))
 
 
 def lines(
@@ -123,19 +127,20 @@ def lines(
     ticks = sorted({x for x, _ in every})
     for x in ticks[:: max(1, math.ceil(len(ticks) / 7))]:
         body.append(_text(place(x, 10**lo_y)[0], bottom + 17, f"{x:g}", "middle", soft=True))
-    for name, x in (marks or {}).items():
+    for x in (marks or {}).values():
         if lo_x <= math.log10(x) <= hi_x:
             at = place(x, 10**lo_y)[0]
             body += [
                 f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{bottom}" stroke="currentColor" stroke-dasharray="3 3"/>'
             ]
-            body += [_text(at, top - 4, name, "end" if at > _WIDTH / 2 else "start")]
     for i, values in enumerate(points.values()):
         colour = COLOURS[i % len(COLOURS)]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in (place(x, y) for x, y in values))
         body.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         body += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in (place(x, y) for x, y in values)]
     legend, height = _legend(list(points), bottom + 44)
+    for name, x in (marks or {}).items():  # below, where names of lines close together don't cover each other
+        legend, height = [*legend, _text(4, height + 10, f"dashed: {name}, {x:g}", soft=True)], height + 18
     return figure(title, _svg(height, body + legend, title))
 
 

@@ -1,6 +1,7 @@
 """``fastgan bench``: selection, gate, limits, comparison, and that it works where fastgan is installed."""
 
 import copy
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,8 +13,8 @@ import pytest
 import torch
 
 import fastgan
-from benchmarks import every_case
-from benchmarks.case import OURS, Case, run
+from benchmarks import every_case, make_cases
+from benchmarks.case import OURS, Case, check, run
 from fastgan import bench, measure
 
 X = torch.ones(1 << 12)
@@ -61,6 +62,74 @@ def test_cases_are_selected_by_what_they_are():
         bench.select(cases, options("--op", "critic_step", "--dtype", "bfloat16"))
 
 
+def test_cases_are_made_of_a_size_and_a_dtype():
+    cases = every_case()
+
+    def made(*argv):
+        return bench.select(cases, options(*argv), make_cases)
+
+    op = ("--op", "minibatch_discrimination")
+    found = made(*op, "--size", "512x128x16", "--dtype", "float16", "--dtype", "float32")
+    assert {(c.shape, c.dtype) for c in found} == {("512x128x16-float16", "float16"), ("512x128x16", "float32")}
+    assert {c.kind for c in found} == {"fwd", "bwd", "double"}
+    assert [c.kind for c in made(*op, "--size", "5x4x3", "--mode", "fwd")] == ["fwd"]
+    assert made(*op, "--size", "256x64x16")[0] in cases and made(*op, "--size", "256x64x1")[0] not in cases
+    assert {c.shape for c in made("--op", "minibatch_stddev", "--dtype", "bfloat16")} == {
+        f"{n}x512x4x4-bfloat16" for n in (4, 16, 64)
+    }
+    assert [c.mode for c in made("--op", "critic_step", "--size", "ctgan-mlp-b7", "--mode", "step")] == [
+        "R1+R2",
+        "R1",
+        "WGAN-GP",
+    ]
+    for argv, why in {
+        (*op, "--size", "512x128"): "512x128: expected BxKxD, such as 512x128x16",
+        (*op, "--size", "0x1x2"): "0x1x2: expected BxKxD",
+        ("--op", "minibatch_stddev", "--size", "6x3x4x4"): "a multiple of 4",
+        ("--op", "pairwise_kernel_sum", "--size", "cosine 8x8x8"): "or with one before it",
+        ("--op", "critic_step", "--size", "dcgan64-bx"): "NETWORK-bBATCH, such as dcgan64-b32, with one of dcgan64",
+        ("--op", "critic_step", "--dtype", "float16"): "float32",
+        ("--op", "accelerate", "--size", "3x3"): "whole networks, of which there are ctgan-mlp-b256",
+        ("--size", "12x12"): "name an operator with --op",
+    }.items():
+        with pytest.raises(ValueError, match=why):
+            made(*argv)
+
+
+SMALL = {
+    "minibatch_discrimination": "9x3x5",
+    "minibatch_stddev": "8x3x4x4",
+    "gradient_penalty": "9x3x8x8",
+    "nearest_distances": "33x7",
+    "pairwise_kernel_sum": "33x21x7",
+    "spectral_norm": "16x8x3x3",
+}
+
+
+@pytest.mark.parametrize("dtype", bench.DTYPES)
+@pytest.mark.parametrize("op", SMALL)
+def test_what_is_made_passes_the_gate(op, dtype, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function=None, **_: function)  # takes a minute for each otherwise
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pykeops" else find(name))
+    for case in make_cases(op, SMALL[op], getattr(torch, dtype)):
+        assert check(case, case.candidates())[OURS] < 1e-2 and case.dtype == dtype
+
+
+def test_in_16_bits_torch_sets_the_limit():
+    truth = torch.full((64,), 1.0, dtype=torch.float64)
+
+    def judged(ours, theirs, dtype="bfloat16"):
+        candidates = {OURS: lambda: (truth + ours,), "eager": lambda: (truth + theirs,)}
+        return check(Case("x", "64", "forward", lambda: candidates, lambda: (truth,), dtype=dtype), candidates)
+
+    assert judged(1.9e-2, 1e-2)[OURS] == pytest.approx(1.9e-2)
+    with pytest.raises(AssertionError, match=r"fastgan is off by 2\.10e-02 \(limit 2\.0e-02"):
+        judged(2.1e-2, 1e-2)
+    with pytest.raises(AssertionError, match=r"limit 1\.0e-04"):
+        judged(1.9e-2, 1e-2, "float32")
+
+
 def test_rates_and_limits():
     found = run(case(moves=1 << 14, flops=4096.0), 0.01)
     ours, time = found["ours"], found["seconds"][OURS]["median"]
@@ -91,7 +160,7 @@ def test_only_the_baselines_asked_for():
 
 
 def test_nothing_wrong_is_measured(monkeypatch, tmp_path, capsys):
-    package = SimpleNamespace(__name__="benchmarks", every_case=lambda: [case(), case(1.1)])
+    package = SimpleNamespace(__name__="benchmarks", make_cases=make_cases, every_case=lambda: [case(), case(1.1)])
     monkeypatch.setattr(bench, "_benchmarks", lambda: package)
     target, page = tmp_path / "r.json", tmp_path / "r.html"
     assert bench.main(["--seconds", "0.01", "--json", str(target), "--html", str(page)]) == 1
@@ -119,6 +188,12 @@ def test_regressions_beyond_the_spread(tmp_path, capsys):
     assert [status(name) for name in ("before", "noise", "slower", "failed", "other")] == [0, 0, 1, 1, 2]
     assert "slower: sum 4096 forward (default): 2.00x becomes 1.60x over eager" in capsys.readouterr().out
     assert bench.main(["--compare", str(files["before"]), str(tmp_path / "nowhere")]) == 2
+    files["noise"].write_text("[1]")
+    assert status("noise") == 2 and "noise.json holds no results" in capsys.readouterr().err
+    elsewhere = copy.deepcopy(RESULT)
+    elsewhere["default"]["machine"]["processor"] = "another"
+    files["slower"].write_text(json.dumps(elsewhere))
+    assert status("slower") == 0 and "different machines" in capsys.readouterr().out
     faster = copy.deepcopy(RESULT)
     faster["default"]["cases"][0]["speedup"]["eager"] = {"median": 3.0, "low": 2.9, "high": 3.1}
     assert bench.compare(RESULT, faster)[0][0][-1] == "faster"

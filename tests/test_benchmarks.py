@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks import readme
+from benchmarks import read_rows, readme
 from benchmarks.case import OURS, STREAM, Case, run
 
 
@@ -21,3 +21,9 @@ def test_a_case_that_reads_memory_is_shown_with_its_rate():
         "| sum | 4096 | forward |"
         in readme.section("x.json", {k: v | {"cases": [row | {"bytes_per_second": {}}]} for k, v in results.items()})[-1]
     )
+
+
+def test_results_that_were_cut_off_can_be_read(tmp_path):
+    assert read_rows(tmp_path / "rows") == []
+    (tmp_path / "rows").write_text('{"op": "a"}\n{"op": "b"}\n{"op": "c')
+    assert [row["op"] for row in read_rows(tmp_path / "rows")] == ["a", "b"]

@@ -11,12 +11,13 @@ import time
 
 import pytest
 import torch
+from ranks import on_ranks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastgan
 from fastgan import html, limits
-from fastgan.profiler import batches, command, show, show_batches
+from fastgan.profiler import batches, command, gains, show, show_batches
 from fastgan.profiler.session import Profile
 
 SHORT = {"warmup": 1, "timed": 1, "steps": 2}
@@ -198,6 +199,16 @@ def test_an_error_of_the_loop_comes_out_and_hooks_go():
     assert not nn.modules.module._global_forward_pre_hooks
 
 
+def test_what_goes_wrong_as_tracing_starts_comes_out(monkeypatch):
+    def start(self):
+        raise MemoryError("no memory for a trace")
+
+    monkeypatch.setattr(torch.profiler.profile, "start", start)
+    with pytest.raises(MemoryError, match="for a trace"), fastgan.profile(**SHORT):
+        train(Net(16, 1), Net(4, 16))
+    assert not nn.modules.module._global_forward_pre_hooks
+
+
 def test_too_short_a_loop_says_so():
     with pytest.raises(RuntimeError, match="ended after 2 iterations, and the first 5"), fastgan.profile():
         train(Net(16, 1), Net(4, 16), iterations=2)
@@ -270,6 +281,74 @@ def test_no_speed_up_where_results_differ(monkeypatch):
     assert gain.speedup is None and gain.error > 1e-3 and "differ" in gain.note and gain.to_dict()["saved_seconds"] is None
 
 
+def test_networks_that_are_frozen_in_turn_are_tried():
+    """As Lightning has it: one module, optimizer.step(closure), and only what is updated requires gradients."""
+    D, G = Net(16, 1), Net(4, 16)
+    optimizers = {"D": torch.optim.Adam(D.parameters()), "G": torch.optim.Adam(G.parameters())}
+
+    def closure(which):
+        optimizers[which].zero_grad()
+        D.requires_grad_(which == "D")
+        G.requires_grad_(which == "G")
+        real, fake = torch.randn(8, 16), G(torch.randn(8, 4))
+        loss = -D(fake).mean() if which == "G" else D(fake).mean() - D(real).mean() + penalty(D, real, fake.detach())
+        loss.backward()
+        return loss
+
+    with fastgan.profile(**SHORT) as p:
+        for _ in range(4):
+            for which, optimizer in optimizers.items():
+                optimizer.step(functools.partial(closure, which))
+    assert {n.name: n.role for n in p.networks} == {"D": "critic", "G": "generator"}
+    found = p.measure_gains(0.05)
+    assert not any("could not" in gain.note for gain in found) and any("critic_step(D" in g.what for g in found), found
+    assert not any(q.requires_grad for q in D.parameters()) and all(q.requires_grad for q in G.parameters())
+
+
+def test_compiled_networks():
+    """Dynamo and AOTAutograd run modules and the engine on fake tensors, which are none of the loop's."""
+    torch.compiler.reset()
+    D, G = (torch.compile(net, backend="aot_eager") for net in (Net(16, 1), Net(4, 16)))
+    oD, oG = (torch.optim.Adam(net.parameters()) for net in (D, G))
+    with fastgan.profile(**SHORT) as p:
+        for _ in range(4):
+            oD.zero_grad()
+            (D(G(torch.randn(8, 4)).detach()).mean() - D(torch.randn(8, 16)).mean()).backward()
+            oD.step()
+            oG.zero_grad()
+            (-D(G(torch.randn(8, 4))).mean()).backward()
+            oG.step()
+    assert {n.role: n.name for n in p.networks} == {"critic": "D", "generator": "G"}
+    assert {"critic forward", "critic backward", "generator backward"} <= set(seconds(p)) and "penalty" not in seconds(p)
+
+
+def _profile_a_rank(rank):
+    D, G = (nn.parallel.DistributedDataParallel(net) for net in (Net(16, 1), Net(4, 16)))
+    oD, oG = (torch.optim.Adam(net.parameters()) for net in (D, G))
+    with fastgan.profile(**SHORT) as p:
+        for _ in range(4):
+            oD.zero_grad()
+            D(torch.cat([torch.randn(8, 16), G(torch.randn(8, 4)).detach()])).mean().backward()
+            oD.step()
+            oG.zero_grad()
+            (-D(G(torch.randn(8, 4))).mean()).backward()
+            oG.step()
+    assert {n.name: n.role for n in p.networks} == {"D": "critic", "G": "generator"}
+    if rank == 0:  # the other doesn't take part
+        found = p.measure_gains(0.05)
+        assert not any("could not" in gain.note for gain in found), found
+        assert {gain.network for gain in found} == {"D", "G"}
+
+
+def test_ranks_are_profiled_one_by_one():
+    on_ranks(_profile_a_rank)
+
+
+def test_a_rank_does_not_wait_for_others():
+    D = nn.Sequential(nn.Linear(16, 8), nn.SyncBatchNorm(8), nn.Linear(8, 1))
+    assert gains._speaks(D) and not gains._speaks(Net(16, 1))
+
+
 # the command
 
 SCRIPT = """
@@ -313,6 +392,22 @@ def test_command_tells_its_errors_from_the_scripts(script, tmp_path, capsys):
         command.main([str(bad)])
 
 
+def test_scripts_that_leave_end_themselves_or_are_a_rank(tmp_path, monkeypatch, capsys):
+    """A script that changes its folder and exits: relative paths are those of the command, and its status is told."""
+    path = tmp_path / "leaves.py"
+    path.write_text(
+        f"import os, sys; sys.path.insert(0, {str(__file__).rpartition('/')[0]!r})\n"
+        "from test_profile import Net, train\nos.chdir('/')\ntrain(Net(16, 1), Net(4, 16), iterations=8)\nsys.exit(3)"
+    )
+    monkeypatch.chdir(tmp_path)
+    options = ["--warmup", "1", "--timed", "1", "--no-gains", "--html", "page.html"]
+    assert command.main([*options, "--finish", "leaves.py"]) == 0
+    assert (tmp_path / "page.html").exists() and "the script ended itself: 3" in capsys.readouterr().err
+    assert command.main(["--html", "nowhere/page.html", "leaves.py"]) == 2 and "no folder nowhere" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert command.main([*options, "leaves.py"]) == 0 and "critic" not in capsys.readouterr().out
+
+
 # growing the batch
 
 STEP = """
@@ -345,7 +440,7 @@ def stepper(tmp_path):
 @pytest.mark.skipif(limits.resource is None or sys.platform != "linux", reason="needs RLIMIT_AS")
 def test_sweep_ends_where_memory_ends(stepper, monkeypatch):
     monkeypatch.setattr(batches, "_with_fastgan", lambda source: False)  # the other form only takes as long again
-    found = batches.sweep(stepper, [4, 512, 1024], memory=1 << 30, advice=False)
+    found = batches.sweep(stepper, [4, 512, 1024], memory=1 << 30, advice=False, patience=60.0)
     first, last = found.points["plain"]
     assert first["status"] == "measured" and first["seconds"]["median"] > 0 and "critic forward" in first["parts"], first
     assert first["peak_bytes"] is None or 32 << 20 <= first["peak_bytes"] < 128 << 20
@@ -353,6 +448,18 @@ def test_sweep_ends_where_memory_ends(stepper, monkeypatch):
     assert found.largest == found.knee == {"plain": 4}
     assert "512: out of memory" in str(found) and "<svg" in show_batches.page(found.to_dict())
     assert torch.empty(1 << 20).numel()  # and this process is well
+
+
+def test_an_interrupted_sweep_shows_what_it_has(stepper, monkeypatch):
+    def point(source, size, *rest, **options):
+        if size == 8:
+            raise KeyboardInterrupt
+        return {"batch": size, "status": "measured", "seconds": {"median": 1.0, "low": 1.0, "high": 1.0}, "throughput": size,
+                "per_sample": 1.0, "peak_bytes": 100, "parts": {}}  # fmt: skip
+
+    monkeypatch.setattr(batches, "_point", point)
+    found = batches.sweep(stepper, [2, 4, 8, 16], memory=1 << 30)
+    assert found.largest["plain"] == 4 and "interrupted" in str(found) and not found.advice
 
 
 def test_a_child_that_dies_is_a_result(stepper):
@@ -525,6 +632,12 @@ def test_pages_in_a_browser(tmp_path):
         assert not entry["errors"] and entry["charts"] >= charts and not entry["empty"] and entry["marks"] > 1, entry
         assert entry["scroll"] <= entry["inner"] <= entry["width"] and entry["smallest"] >= 9, entry
         assert not entry["out"], entry["out"]
+
+
+def test_names_of_lines_do_not_cover_each_other():
+    chart = html.lines("c", {"a": [(1, 1), (2, 2)]}, "x", "y", marks={"knee a": 1, "knee b": 2})
+    heights = re.findall(r'y="([0-9.]+)"[^>]*>dashed: knee', chart)
+    assert len(heights) == 2 and float(heights[1]) - float(heights[0]) >= 12
 
 
 def test_pages_escape_what_scripts_are_called():

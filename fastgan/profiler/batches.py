@@ -27,6 +27,7 @@ KEYWORDS = {
     "penalty": (False, f"lazy regularisation: the penalty every {LAZY} steps"),
 }
 SLOW = 0.5  # seconds a step takes from which on fewer are made
+ADVICE = 1.0  # seconds a step may take where advice is tried
 _START = 60.0  # seconds a child may take to import torch and build the step
 
 
@@ -139,7 +140,9 @@ def _run(source, size: int, variant: str, slow: bool) -> dict:
     from fastgan.profiler.command import profile_script
     from fastgan.profiler.session import Profile
 
-    options = {"warmup": 1, "timed": 3, "steps": 1} if slow else {"warmup": 2, "timed": 7, "steps": 2}
+    # networks are accelerated after the first iteration, and what they then do once is no part of a step
+    first = 2 if variant == "fastgan" else 1
+    options = {"warmup": first, "timed": 2, "steps": 1} if slow else {"warmup": 2, "timed": 7, "steps": 2}
     options["stop"] = True
     if isinstance(source, Script) and source.batch_arg is not None:
         if variant == "fastgan":
@@ -187,6 +190,15 @@ def keywords_for(make_step, variant: str, size: int) -> tuple[dict, bool]:
     return ({variant: KEYWORDS[variant][0]}, False) if variant in KEYWORDS else ({}, False)
 
 
+def _context(variant: str):
+    """Children of a process that has imported torch once; a C allocator setting takes a new one."""
+    if variant == "allocator" or "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastgan.profiler.command"])
+    return context
+
+
 def _child(connection, source, size, variant, memory, slow) -> None:
     quiet = open(os.devnull, "w")  # noqa: SIM115 the process ends here
     sys.stdout = sys.stderr = quiet
@@ -208,7 +220,7 @@ def _child(connection, source, size, variant, memory, slow) -> None:
 
 def _point(source, size: int, variant: str, memory: int, patience: float, slow: bool = False) -> dict:
     """One size in a process of its own, whose end, whatever it is, ends nothing else."""
-    context = multiprocessing.get_context("spawn")
+    context = _context(variant)
     receiver, sender = context.Pipe(duplex=False)
     wanted = "tuned" if variant == "allocator" else measure.allocator()
     before = dict(os.environ)
@@ -260,7 +272,7 @@ def _with_fastgan(source) -> bool:
     return hasattr(fastgan, "accelerate")
 
 
-def sweep(source, batches, *, memory=None, patience=60.0, advice=True, progress=False) -> Sweep:
+def sweep(source, batches, *, memory=None, patience=10.0, advice=True, progress=False) -> Sweep:
     wanted, budget = sizes(batches), _budget(memory)
     if isinstance(source, Script) and source.batch_arg is None:
         source.make_step()  # says what is wrong before anything is started
@@ -271,6 +283,18 @@ def sweep(source, batches, *, memory=None, patience=60.0, advice=True, progress=
         found.points["fastgan"] = []
     else:
         found.notes.append("this fastgan has no fastgan.accelerate and make_step takes no fastgan=True: plain only")
+    try:
+        _grow(source, found, wanted, variants, patience, progress)
+        found.conclude()
+        if advice and "plain" in found.largest:
+            _advise(source, found, patience, progress)
+    except KeyboardInterrupt:
+        found.conclude()
+        found.notes.append("interrupted: what had been measured until then")
+    return found
+
+
+def _grow(source, found: Sweep, wanted: list[int], variants: list[str], patience: float, progress: bool) -> None:
     going = list(variants)
     for size in wanted:
         for variant in list(going):
@@ -279,18 +303,14 @@ def sweep(source, batches, *, memory=None, patience=60.0, advice=True, progress=
             if guess > patience:
                 point = {"batch": size, "status": TOO_SLOW, "message": f"a step would take about {guess:.0f} s"}
             else:
-                point = _point(source, size, variant, budget, patience, slow=guess > SLOW)
+                point = _point(source, size, variant, found.memory, patience, slow=guess > SLOW)
             found.points[variant].append(point)
             if progress:
                 print(f"batch {size}, {variant}: {_said(point)}", file=sys.stderr, flush=True)
             if point["status"] != MEASURED:
                 going.remove(variant)
         if not going:
-            break
-    found.conclude()
-    if advice and "plain" in found.largest:
-        found.advice = _advise(source, found, budget, patience, progress)
-    return found
+            return
 
 
 def _said(point: dict) -> str:
@@ -299,54 +319,63 @@ def _said(point: dict) -> str:
     return f"{point['status']} ({point.get('message', '')})"
 
 
-def _advise(source, found: Sweep, budget: int, patience: float, progress: bool) -> list[dict]:
-    """What else could be done at the largest plain batch, each tried; what can't be tried is said not to be."""
-    size = found.largest["plain"]
+def _advise(source, found: Sweep, patience: float, progress: bool) -> None:
+    """What else could be done, each tried; what can't be tried is said not to be. At the largest plain batch whose step doesn't
+    take long: each way is timed between two plain runs, because the machine may have become busier meanwhile."""
+    done = [p for p in found.points["plain"] if p["status"] == MEASURED]
+    size = max((p["batch"] for p in done if p["seconds"]["median"] <= ADVICE), default=done[0]["batch"])
     scripted = isinstance(source, Script) and source.batch_arg is not None
     parameters = {} if scripted else inspect.signature(source.make_step() if isinstance(source, Script) else source).parameters
     slow = next(p["seconds"]["median"] for p in found.points["plain"] if p["batch"] == size) > SLOW
-    plain = _point(source, size, "plain", budget, patience, slow)
+    plain = _point(source, size, "plain", found.memory, patience, slow)
     if plain["status"] != MEASURED:
-        return []
+        found.notes.append(f"no advice: batch {size}, tried again: {_said(plain)}")
+        return
     names = {"bf16": "bf16: torch.autocast around the step"}
     if measure.allocator() == "default" and not torch.cuda.is_available() and sys.platform == "linux":
         names["allocator"] = "C allocator that keeps freed memory: " + " ".join(
             f"{key}={value}" for key, value in measure.TUNED_ALLOCATOR.items()
         )
     names |= {keyword: text for keyword, (_, text) in KEYWORDS.items()}
-    advice = []
     for variant, text in names.items():
         entry = {"what": text, "batch": size}
         if variant in KEYWORDS and variant not in parameters:
-            entry["note"] = f"not measured: make_step takes no keyword {variant!r}"
+            if variant == "penalty" and plain["parts"].get(PENALTY, 0.0) == 0.0:
+                continue
+            there = "a script's own step can't be changed; a make_step with" if scripted else "make_step takes no"
+            entry["note"] = f"not measured: {there} keyword {variant!r}" + " can" * scripted
         else:
-            point = _point(source, size, variant, budget, patience, slow)
+            point = _point(source, size, variant, found.memory, patience, slow)
             if progress:
                 print(f"batch {size}, {variant}: {_said(point)}", file=sys.stderr, flush=True)
             if point["status"] == MEASURED:
-                entry |= _effect(plain, point, variant)
+                after = _point(source, size, "plain", found.memory, patience, slow)
+                entry |= _effect(plain, point, after, variant)
+                plain = after if after["status"] == MEASURED else plain
             else:
                 entry["note"] = _said(point)
-        advice.append(entry)
-    if plain["parts"].get(PENALTY, 0.0) == 0.0:
-        advice = [entry for entry in advice if "lazy" not in entry["what"] or "note" not in entry]
-    return advice
+        found.advice.append(entry)
 
 
-def _effect(plain: dict, point: dict, variant: str) -> dict:
-    before, after = plain["seconds"]["median"], point["seconds"]["median"]
-    found = {"seconds": point["seconds"], "plain_seconds": plain["seconds"], "peak_bytes": point["peak_bytes"]}
+def _effect(plain: dict, point: dict, again: dict, variant: str) -> dict:
+    both = [p["seconds"]["median"] for p in (plain, again) if p["status"] == MEASURED]
+    before, after = sum(both) / len(both), point["seconds"]["median"]
+    found = {"seconds": point["seconds"], "plain_seconds": both, "peak_bytes": point["peak_bytes"]}
     found["plain_peak_bytes"] = plain["peak_bytes"]
+    notes = []
     if variant == "penalty":
         after = (before + (LAZY - 1) * after) / LAZY
-        found["note"] = f"the mean of one step with and {LAZY - 1} without; memory is that of a step without"
+        notes.append(f"the mean of one step with and {LAZY - 1} without; memory is that of a step without")
+    if min(both) <= after <= max(both):
+        notes.append("no faster or slower than plain steps are among themselves")
     return found | {
+        "note": "; ".join(notes),
         "speedup": before / after,
         "memory": point["peak_bytes"] / plain["peak_bytes"] if plain["peak_bytes"] else None,
     }
 
 
-def profile_batches(make_step, batches="16:4096", *, memory: int | None = None, patience: float = 60.0, advice: bool = True):
+def profile_batches(make_step, batches="16:4096", *, memory: int | None = None, patience: float = 10.0, advice: bool = True):
     """Double the batch until memory ends: throughput, memory, which part grows how, with and without fastgan.
 
     Args:
@@ -358,7 +387,7 @@ def profile_batches(make_step, batches="16:4096", *, memory: int | None = None, 
         batches: "FROM:TO", doubling, or a sequence of sizes.
         memory: bytes that a step may take; half of what is available by default, and never more than nine tenths of it.
         patience: seconds one step may take.
-        advice: try bf16, the C allocator and the keywords above at the largest plain batch.
+        advice: try bf16, the C allocator and the keywords above, at the largest plain batch whose step takes at most a second.
 
     Returns:
         :class:`Sweep`. Lack of memory is a result, whatever it does to the child process.

@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--sweep-batch", metavar="FROM:TO", help="double the batch size from FROM to TO, or until memory ends")
     add("--batch-arg", metavar="OPTION", help="the script's option for its batch size, e.g. --batch-arg=--batch-size")
     add("--memory", type=float, metavar="GIB", help="most memory a batch size may take (half of what is available)")
-    add("--patience", type=float, default=60.0, metavar="S", help="seconds that one step of the sweep may take (60)")
+    add("--patience", type=float, default=10.0, metavar="S", help="seconds that one step of the sweep may take (10)")
     add("script", help="a Python file, or a module's dotted name")
     add("arguments", nargs=argparse.REMAINDER, help="the script's own")
     return parser
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def run_script(script: str, arguments: list[str], name: str = "__main__") -> dict:
     """Run a file or a module as Python does, with its arguments; returns its globals."""
-    before = sys.argv, sys.path[:]
+    before = sys.argv, sys.path[:], os.getcwd()
     sys.argv = [script, *arguments]
     try:
         if Path(script).is_file():
@@ -51,18 +51,27 @@ def run_script(script: str, arguments: list[str], name: str = "__main__") -> dic
         sys.path.insert(0, os.getcwd())
         return runpy.run_module(script, run_name=name, alter_sys=name == "__main__")
     finally:
-        sys.argv, sys.path[:] = before
+        sys.argv, sys.path[:] = before[:2]
+        os.chdir(before[2])
 
 
 def profile_script(script: str, arguments: list[str], **options) -> Profile:
-    with Profile(**options) as profile, contextlib.suppress(SystemExit):
-        run_script(script, arguments)
+    with Profile(**options) as profile:
+        try:
+            run_script(script, arguments)
+        except SystemExit as end:
+            if end.code:
+                print(f"fastgan profile: the script ended itself: {end.code}", file=sys.stderr)
     return profile
 
 
 def main(argv: list[str] | None = None) -> int:
     """0: results shown; 1: the script failed; 2: nothing could be measured."""
     options = _parser().parse_args(argv)
+    for path in filter(None, (options.html, options.trace)):  # known before minutes have gone by
+        if not path.parent.is_dir():
+            print(f"fastgan profile: no folder {path.parent} to write {path.name} to", file=sys.stderr)
+            return 2
     output = sys.stderr if options.json else sys.stdout
     try:
         with contextlib.redirect_stdout(output):
@@ -72,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"fastgan profile: {error}", file=sys.stderr)
         return 2
+    if _other_rank():
+        return 0
     if options.html:
         found.save_html(options.html)
     if options.trace and not options.sweep_batch:
@@ -84,6 +95,11 @@ def main(argv: list[str] | None = None) -> int:
         for path in filter(None, (options.html, options.trace)):
             print(f"written: {path}")
     return 0
+
+
+def _other_rank() -> bool:
+    """Of processes that train together, as torchrun starts them, the first shows what it found."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 def _ours(error: BaseException) -> bool:
@@ -107,7 +123,8 @@ def _profile(options) -> Profile:
         steps=options.steps,
         stop=not options.finish,
     )
-    if not options.no_gains:
+    if not options.no_gains and not _other_rank():
+        print("fastgan profile: measuring what fastgan would gain", file=sys.stderr)
         found.measure_gains(options.seconds)
     return found
 

@@ -4,8 +4,9 @@ The calls that a network got in one update are run again, plain and with fastgan
 given only where both give the same gradients from the same state. The networks are left as they were.
 """
 
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from fastgan.profiler.record import CRITIC, Network
 
 #: relative difference of all gradients, as one vector, up to which two forms count as the same, by dtype
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
+SLOW = 0.5  # seconds a run takes from which on fewer are made
 NO_ACCELERATE = "this version of fastgan has no fastgan.accelerate: only critic_step was tried"
 
 
@@ -39,8 +41,8 @@ class Gain:
 
     def to_dict(self) -> dict:
         saved = None
-        if self.speedup:
-            saved = (self.seconds["plain"]["median"] - self.seconds["fastgan"]["median"]) * self.per_iteration
+        if self.speedup:  # by the ratio of the rounds: unlike a difference of medians, the machine's other work hardly moves it
+            saved = self.seconds["plain"]["median"] * (1 - 1 / self.speedup["median"]) * self.per_iteration
         return asdict(self) | {"saved_seconds": saved}
 
 
@@ -101,7 +103,7 @@ def _form(network: Network) -> tuple[dict, tuple] | None:
     """The penalty that the calls of an update look like, and (real, fake, args): what critic_step can be tried on."""
     calls, points = network.update
     kept = network.kept
-    if not points or not kept or not isinstance(kept[0].args[0], Tensor):
+    if not points or not kept or not all(call.args and isinstance(call.args[0], Tensor) for call in kept):
         return None
     first, args = kept[0].args[0], kept[0].args[1:]
     if calls == 1 or len(kept) == 1:  # reals and fakes in one batch
@@ -118,6 +120,17 @@ def _form(network: Network) -> tuple[dict, tuple] | None:
     return (form, (*both, args)) if len(both) == 2 and both[0].shape == both[1].shape else None
 
 
+def _trainable(network: Network) -> list[nn.Parameter]:
+    """What its optimizer moves, also where the loop freezes one network while the other trains and stopped in between."""
+    parameters = list(network.module.parameters())
+    return [p for p in parameters if p.requires_grad] or parameters
+
+
+def _speaks(module: nn.Module) -> bool:
+    """Would its forward wait for other ranks, which may have ended?"""
+    return any(isinstance(m, nn.SyncBatchNorm) or getattr(m, "group", None) is not None for m in module.modules())
+
+
 def _compare(gain: Gain, module: nn.Module, runs: Mapping[str, Callable], prepare: Mapping[str, Callable], seconds) -> Gain:
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     snapshot = Snapshot(module, device)
@@ -126,7 +139,9 @@ def _compare(gain: Gain, module: nn.Module, runs: Mapping[str, Callable], prepar
         for name, run in runs.items():
             prepare[name]()
             snapshot.restore()
+            began = time.perf_counter()
             results[name] = run()
+            long = time.perf_counter() - began > SLOW
         gain.error = ((results["fastgan"] - results["plain"]).norm() / results["plain"].norm()).item()
         if gain.note:
             return gain
@@ -134,7 +149,8 @@ def _compare(gain: Gain, module: nn.Module, runs: Mapping[str, Callable], prepar
         if not gain.error <= TOLERANCE.get(dtype, 5e-2):
             gain.note = "the gradients differ, so no speed-up is given"
             return gain
-        times = measure.interleaved(runs, seconds=seconds, min_rounds=5, prepare=prepare)
+        fewer = {"min_rounds": 3, "warmup": 0} if long else {"min_rounds": 5}
+        times = measure.interleaved(runs, seconds=seconds, prepare=prepare, **fewer)
         gain.seconds = {name: measure.Spread.of(values).to_dict() for name, values in times.items()}
         gain.speedup = measure.speedup(times, "fastgan", "plain").to_dict()
         gain.peak_bytes = {}
@@ -142,6 +158,7 @@ def _compare(gain: Gain, module: nn.Module, runs: Mapping[str, Callable], prepar
             prepare[name]()
             gain.peak_bytes[name] = measure.peak_memory(run)
     except Exception as error:  # somebody else's network may do anything
+        gain.seconds = gain.speedup = gain.peak_bytes = None
         gain.note = f"could not be measured: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     finally:
         snapshot.restore()
@@ -182,12 +199,20 @@ def measure_all(networks: list[Network], calls: Mapping[int, float], seconds: fl
     if device in backends.DEVICES and any(backends.serving(op, device) == "reference" for op in references):
         notes.append("plain torch operators serve for some of fastgan's kernels here; fastgan doctor says why")
     for network in networks:
-        if not network.kept:
+        inside = any(network.module is m for other in networks if other is not network for m in other.module.modules())
+        if not network.kept or inside:  # an embedding that is also called by itself, say
             continue
+        if isinstance(network.module, nn.parallel.DistributedDataParallel):  # a rank measures by itself
+            network = replace(network, module=network.module.module)
         module = network.module
-        saved = [(p, p.grad) for p in module.parameters()]
+        if _speaks(module):
+            notes.append(f"{network.name} was not tried: its batch statistics come from all ranks")
+            continue
+        saved = [(p, p.grad, p.requires_grad) for p in module.parameters()]
         training = module.training
         try:
+            for p in _trainable(network):
+                p.requires_grad_(True)
             if able:
                 gains += _accelerated(network, calls.get(network.index, 0.0), seconds)
             if network.role == CRITIC and (found := _form(network)) is not None:
@@ -196,11 +221,12 @@ def measure_all(networks: list[Network], calls: Mapping[int, float], seconds: fl
                 gain = Gain(network.name, f"critic_step({network.name}, real, fake, {shown})", ["the critic's update"])
                 gain.per_iteration = calls.get(network.index, 0.0) / max(1, network.update[0])
                 runs = _textbook(network, form, real, fake, args, gain)
-                for p, _ in saved:
+                for p, *_ in saved:
                     p.grad = None
                 gains.append(_compare(gain, module, runs, dict.fromkeys(runs, lambda: None), seconds))
         finally:
-            for p, grad in saved:
+            for p, grad, required in saved:
                 p.grad = grad
+                p.requires_grad_(required)
             module.train(training)
     return gains, "; ".join(notes)

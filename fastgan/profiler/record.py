@@ -77,6 +77,11 @@ class Network:
         return self.names[0] if self.names else type(self.module).__name__
 
 
+def _tracing() -> bool:
+    """Is torch.compile at work? Its tensors are fake, and what runs is no part of the training loop."""
+    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
+
+
 def _tensors(tree) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
@@ -244,7 +249,7 @@ class Recorder:
         self._stack.pop()[1].__exit__(None, None, None)
 
     def _before(self, module, args):
-        if torch.compiler.is_compiling():
+        if _tracing():
             return
         self._tick()
         kind = self._kind(module)
@@ -258,7 +263,7 @@ class Recorder:
             self._open(module, f"network {network.index}", network)
 
     def _after(self, module, args, *rest):
-        if torch.compiler.is_compiling() or not self._stack or self._stack[-1][0] is not module:
+        if _tracing() or not self._stack or self._stack[-1][0] is not module:
             return
         network = self._stack[-1][2]
         self._close()
@@ -298,6 +303,8 @@ class Recorder:
 
     def _backward(self, original):
         def run(outputs, *args, **kwargs):
+            if _tracing():
+                return original(outputs, *args, **kwargs)
             self._tick()
             inputs = args[3] if len(args) > 3 else ()
             first = next(iter(inputs or ()), None)

@@ -52,6 +52,7 @@ class Profile:
         self.traced_seconds = 0.0
         self._profiler = None
         self._calls_before: dict[int, int] = {}
+        self._traced_from = 0
         self.machine = measure.machine()
 
     # the loop
@@ -95,10 +96,10 @@ class Profile:
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         self._calls_before = {n.index: n.total for n in self.recorder.networks}
+        self._traced_from = self.done
         self._profiler = torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True)
         self._profiler.start()
         self._trace_began = time.perf_counter()
-        self._traced_from = self.done
 
     def _end_trace(self, now: float) -> None:
         self._profiler.stop()
@@ -107,6 +108,13 @@ class Profile:
         self.recorder.remove()
 
     def __exit__(self, kind, error, trace) -> bool:
+        failed = kind is not None and not issubclass(kind, (Finished, SystemExit, KeyboardInterrupt))
+        if failed:  # out of memory, perhaps, by starting to trace: what went wrong is the error, not what that left behind
+            self.recorder.remove()
+            if self._profiler is not None and not self.traced:
+                with contextlib.suppress(Exception):
+                    self._profiler.stop()
+            return False
         if self.recorder.ended():  # the last iteration, and nothing came after it
             self.done += 1
         if self._profiler is not None and not self.traced:
@@ -116,8 +124,6 @@ class Profile:
             else:
                 self._end_trace(time.perf_counter())
         self.recorder.remove()
-        if kind is not None and not issubclass(kind, (Finished, SystemExit, KeyboardInterrupt)):
-            return False
         if not self.traced:
             raise RuntimeError(
                 f"profile: nothing to show: the loop ended after {self.done} iterations, and the first "

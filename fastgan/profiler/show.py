@@ -42,6 +42,7 @@ def _gains(data: dict) -> tuple[list[str], list[list[str]]]:
         if g["speedup"]:
             times = [spread(g["seconds"][name]) for name in ("plain", "fastgan")]
             faster = spread(g["speedup"], lambda value: f"{value:.2f}x")
+            faster += " no more than the spread" * (g["speedup"]["low"] <= 1 <= g["speedup"]["high"])
             peak = " / ".join(size(g["peak_bytes"][name]) for name in ("plain", "fastgan"))
             saved = f"{g['saved_seconds'] * 1e3:.3g} ms" if g["per_iteration"] else ""
         else:
