@@ -107,9 +107,8 @@ def _random_state_kept():
 
 
 def _real(source: Source) -> tuple[Tensor, Tensor | None]:
-    """Samples of the source, chosen by a seed of their own, and their labels."""
-    chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:REAL]
-    batch = source.__getitems__(chosen.sort().values.tolist())
+    """Samples of the source, always the same ones, and their labels."""
+    batch = source.spread(REAL)
     return batch["image"], batch["label"] if source.classes else None
 
 
