@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         "--parallel",
         choices=("ddp", "fsdp"),
         default="ddp",
-        help="under torchrun: whole networks in each process, or those that are no critics sharded",
+        help="under torchrun: whole networks in each process, or sharded ones; of critics the optimizer's states alone",
     )
     parser.add_argument("--workers", type=int, default=0, help="processes that load data")
     parser.add_argument("--sample-every", type=_positive, default=500, metavar="STEPS")
@@ -43,8 +43,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number, at least 1")
     return int(text)
 
 

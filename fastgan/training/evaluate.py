@@ -25,13 +25,13 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         found = measured(arguments.folder, arguments.n, arguments.features, arguments.seed, arguments.device)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(arguments.json, found)
+    except (ValueError, OSError, ImportError) as error:  # their messages say what is expected
         print(f"fastgan eval: {error}", file=sys.stderr)
         return 2
     print(table(found))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(arguments.json, found)
     return 0 if all(found["met"].values()) else 1
 
 
