@@ -50,6 +50,11 @@ def test_what_cannot_be_measured(run, tmp_path, capsys):
     assert "holds no trained run" in capsys.readouterr().err
     assert evaluate.main([str(run), "-n", "3"]) == 2
     assert "expected at least 10" in capsys.readouterr().err
+    assert evaluate.main([str(run), "-n", "20", "--lpips"]) == 2
+    assert "--lpips: gan compares no pairs of images" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert evaluate.main([str(run), "-n", "20", "--json", str(tmp_path / "file" / "e.json")]) == 2
+    assert capsys.readouterr().err.startswith("fastgan eval: ")
 
 
 def test_samples_that_are_not_finite(run, capsys, monkeypatch):

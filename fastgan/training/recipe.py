@@ -77,6 +77,8 @@ class Recipe:
     goals: ClassVar[dict[str, float]] = {}
     features: str | None = None  # what images are compared by, of fastgan.training.features.CHOICES; None: by the data
 
+    perceptual: str | None = None  # of fastgan.training.metrics.PERCEPTUAL, where pairs of images are to be compared by it, too
+
     def evaluate(self, n: int = 2000) -> dict[str, float]:
         """Metrics by name, of ``n`` samples, by :func:`fastgan.training.metrics.evaluate`."""
         from . import metrics
