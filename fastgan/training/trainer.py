@@ -96,7 +96,9 @@ class Trainer:
             parameters = self.processes.parts(parameters)
         rate = o.lr_critic if player.is_critic and o.lr_critic else o.lr
         if o.optimizer == "adam":
-            return torch.optim.Adam(parameters, rate, (o.beta1, o.beta2))
+            # one kernel for all: on the CPU a tenth of a small perceptron's step went into Adam's many
+            fused = self.device.type in ("cpu", "cuda") and self.processes.mode != "fsdp"
+            return torch.optim.Adam(parameters, rate, (o.beta1, o.beta2), fused=fused or None)
         if o.optimizer == "rmsprop":
             return torch.optim.RMSprop(parameters, rate)
         return torch.optim.SGD(parameters, rate, momentum=o.beta1)
