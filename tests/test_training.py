@@ -453,6 +453,9 @@ def test_ctrl_c_saves(points, capsys, tmp_path, monkeypatch):
     assert [path.name for path in checkpoint.found(tmp_path / "out" / "checkpoints")] == ["step-00000004"]
     monkeypatch.setattr(training.Trainer, "step", step)
     assert command_line(*points, "--resume") == 0
+    monkeypatch.setattr(run.data, "load", lambda *a: signal.raise_signal(signal.SIGINT))
+    assert command_line(*points, "--resume", "--steps", 9) == 130
+    assert capsys.readouterr().err == "fastgan train: stopped at once\n"
 
 
 def test_divergence_ends_the_command(points, capsys):

@@ -49,7 +49,7 @@ def _positive(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when trained, 1 when the losses diverged, 2 when it can't run."""
+    """0 when trained, 1 when the losses diverged, 2 when it can't run, 130 when it was stopped."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.list:
@@ -69,3 +69,6 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # of arguments, or of --out: their messages say what is expected
         print(f"fastgan train: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the first step, or a second time
+        print("fastgan train: stopped at once", file=sys.stderr)
+        return 130
