@@ -50,6 +50,11 @@ def test_what_cannot_be_measured(run, tmp_path, capsys):
     assert "holds no trained run" in capsys.readouterr().err
     assert evaluate.main([str(run), "-n", "3"]) == 2
     assert "expected at least 10" in capsys.readouterr().err
+    assert evaluate.main([str(run), "-n", "20", "--lpips"]) == 2
+    assert "--lpips: gan compares no pairs of images" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert evaluate.main([str(run), "-n", "20", "--json", str(tmp_path / "file" / "e.json")]) == 2
+    assert capsys.readouterr().err.startswith("fastgan eval: ")
 
 
 def test_samples_that_are_not_finite(run, capsys, monkeypatch):
@@ -95,6 +100,17 @@ def test_a_recorded_run_and_its_page(tmp_path):
     assert "(gan.png)" not in (tmp_path / "wgan_gp.md").read_text() and 'src="gan.png"' in (tmp_path / "README.md").read_text()
 
 
+def test_a_further_picture(tmp_path, monkeypatch):
+    further = (("text", ("--data", "digits", "--size", "8", "--set", "width=2"), ("--text", "07", "-n", "2")),)
+    monkeypatch.setattr(recorder, "FURTHER", {"cgan": further})
+    recorder.draw_further("cgan", tmp_path, ["--steps", "1"])
+    recorder.draw_further("gan", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["cgan-text.png"]
+    page = recorder.pages(tmp_path)
+    assert "fastgan sample out/cgan --text 07 -n 2" in page["cgan.md"] and "![text](cgan-text.png)" in page["cgan.md"]
+    assert 'src="cgan-text.png"' in page["README.md"] and "cgan-text" not in page["gan.md"]
+
+
 def test_pages_judge_by_the_goals_of_today(tmp_path, monkeypatch):
     old = json.loads((Path(__file__).parent.parent / recorder.OUT / "results.json").read_text())["gan"]
     recorder.merge(tmp_path / "results.json", {"gan": old | {"goals": {}, "met": {}}})
@@ -120,7 +136,7 @@ def test_every_page_is_as_it_would_be_written():
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_a_page_says_what_the_docstring_says(name):
-    text = recorder.page(name, None, False)
+    text = recorder.page(name, None, set())
     kind = recipes.get(name)
     first = sys.modules[kind.__module__].__doc__.split("\n")[0]
     assert recorder.markdown(first) in text and ":func:" not in text and "``" not in text.replace("```", "")

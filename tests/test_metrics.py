@@ -1,5 +1,6 @@
 """Metrics of samples, each against a plain computation or a value that is known; and what bad generators get."""
 
+import importlib
 import importlib.util
 import math
 
@@ -99,6 +100,45 @@ def test_pairs_of_images():
     assert found["psnr"] == pytest.approx(-10 * math.log10(0.3**2), rel=1e-4)
     assert found["ssim"] == pytest.approx((2 * 0.75 * 0.45 + 1e-4) / (0.75**2 + 0.45**2 + 1e-4), rel=1e-3)  # luminance alone
     assert metrics.paired(a, a)["ssim"] == pytest.approx(1)
+
+
+def test_lpips_of_weights_on_disk(tmp_path, monkeypatch):
+    """Weights by chance in place of those that torchvision would fetch."""
+    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    a, b = torch.rand(6, 1, 16, 16) * 2 - 1, torch.rand(6, 1, 16, 16) * 2 - 1
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refused)
+    with pytest.raises(
+        ValueError, match=rf"lpips needs torchvision's weights of squeeze in {tmp_path}/hub/checkpoints.*no net"
+    ):
+        metrics.paired(a, b, "squeeze")
+    weights = models.SqueezeNet1_1_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1]
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    torch.save(models.squeezenet1_1(weights=None).state_dict(), tmp_path / "hub" / "checkpoints" / weights)
+    found, half = metrics.paired(a, b, "squeeze"), metrics.paired(a, a + 0.2 * (b - a), "squeeze")
+    assert set(found) == {"psnr", "ssim", "lpips"} and found["lpips"] > half["lpips"] > 0
+    assert metrics.paired(a, a.clone(), "squeeze")["lpips"] == 0
+    assert metrics.better("lpips", 0.1, 0.2)
+
+
+def refused(*arguments, **options):
+    raise OSError("no net")
+
+
+def test_lpips_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install torchvision"):
+        metrics.lpips(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8), "alex")
+
+
+def test_a_torchvision_that_does_not_fit(monkeypatch):
+    def broken(name):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.raises(ImportError, match=r"nms does not exist.*a torchvision for another torch\?"):
+        metrics.paired(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
 
 
 def test_which_way_is_better():

@@ -453,6 +453,9 @@ def test_ctrl_c_saves(points, capsys, tmp_path, monkeypatch):
     assert [path.name for path in checkpoint.found(tmp_path / "out" / "checkpoints")] == ["step-00000004"]
     monkeypatch.setattr(training.Trainer, "step", step)
     assert command_line(*points, "--resume") == 0
+    monkeypatch.setattr(run.data, "load", lambda *a: signal.raise_signal(signal.SIGINT))
+    assert command_line(*points, "--resume", "--steps", 9) == 130
+    assert capsys.readouterr().err == "fastgan train: stopped at once\n"
 
 
 def test_divergence_ends_the_command(points, capsys):
@@ -481,7 +484,14 @@ def test_a_full_disk(points, capsys, tmp_path, monkeypatch):
 def test_folders_that_can_not_be_written(points, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert command_line(*points[:-1], tmp_path / "file" / "out") == 2
-    assert "Not a directory" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--out " in said and "can't be written to" in said and "Not a directory" in said
+    assert command_line(*points) == 0
+    for name in ("s.png", "s.npz"):
+        assert sample.main([str(tmp_path / "out"), "-n", "2", "--out", str(tmp_path / "file" / name), "--device", "cpu"]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("fastgan sample: ") and "file" in said
+    assert sample.main([str(tmp_path / "out"), "-n", "2", "--out", str(tmp_path / "new" / "s.npz"), "--device", "cpu"]) == 0
 
 
 def test_damaged_files_of_a_run(points, capsys, tmp_path):
@@ -491,15 +501,65 @@ def test_damaged_files_of_a_run(points, capsys, tmp_path):
     assert command_line(*points, "--resume") == 2
     assert f"{newest} is damaged" in capsys.readouterr().err
     assert sample.main([str(tmp_path / "out")]) == 2
-    (tmp_path / "out" / "config.json").write_text("{")
+    (newest / "training.safetensors").unlink()
+    (newest / "model.safetensors").unlink()
     assert command_line(*points, "--resume") == 2
-    assert "config.json is not the configuration of a run" in capsys.readouterr().err
+    assert f"{newest} is damaged" in capsys.readouterr().err
+    for text in ("{", "{}", "1"):
+        (tmp_path / "out" / "config.json").write_text(text)
+        assert command_line(*points, "--resume") == 2
+        assert "config.json is not the configuration of a run" in capsys.readouterr().err
+
+
+def test_networks_that_are_others_by_now(points, capsys, tmp_path):
+    assert command_line(*points) == 0
+    newest = checkpoint.found(tmp_path / "out" / "checkpoints")[-1]
+    for stem in ("model", "average"):
+        tensors = checkpoint.load_file(newest / f"{stem}.safetensors")
+        key = next(key for key in tensors if key.startswith("generator.") and key.endswith("weight"))
+        tensors["generator.old.weight"] = tensors.pop(key)
+        grown = next(key for key in tensors if key.endswith("bias"))
+        tensors[grown] = torch.zeros(99)
+        checkpoint.save_file(tensors, newest / f"{stem}.safetensors")
+    for tried in (lambda: command_line(*points, "--resume"), lambda: sample.main([str(tmp_path / "out"), "--device", "cpu"])):
+        assert tried() == 2
+        said = capsys.readouterr().err
+        assert f"{key} is missing there and of shape" in said and "generator.old.weight is of shape" in said
+        assert "of shape (99,) there" in said and "into another --out begins anew" in said and "Traceback" not in said
+
+
+def test_options_that_are_gone(points, capsys, tmp_path):
+    assert command_line(*points) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    checkpoint.write_json(tmp_path / "out" / "config.json", config | {"options": config["options"] | {"warmth": 3}})
+    assert sample.main([str(tmp_path / "out")]) == 2
+    assert "with options that gan no longer has: warmth. fastgan " in capsys.readouterr().err
+
+
+def test_data_that_is_other_by_now(points, capsys, tmp_path):
+    import numpy
+
+    assert command_line(*points) == 0
+    numpy.savez(tmp_path / "points.npz", x=torch.randn(65, 2).numpy(), y=torch.arange(65).numpy() % 4)
+    assert command_line(*points, "--resume", "--steps", 8) == 2
+    said = capsys.readouterr().err
+    assert "has changed since" in said and "samples was 64 and is 65. Put it back, or give another --out" in said
+    numpy.savez(tmp_path / "points.npz", x=torch.randn(64, 3).numpy(), y=torch.arange(64).numpy() % 4)
+    assert command_line(*points, "--resume", "--steps", 8) == 2
+    assert "shape was [2] and is [3]" in capsys.readouterr().err
+    assert sample.main([str(tmp_path / "out"), "-n", "5", "--out", str(tmp_path / "s.npz"), "--device", "cpu"]) == 0
+    with pytest.raises(ValueError, match="has changed since"):
+        len(run.load(tmp_path / "out")[0].source)
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (("--device", "gpu"), "--device gpu"),
+        (("--device", "meta"), "--device meta"),
+        (("--set", "lr=nan"), "option lr=nan: expected at least 0 and below inf"),
+        (("--set", "width=0"), "option width=0: expected at least 1"),
+        (("--set", "ema=1"), "option ema=1.0: expected at least 0 and below 1"),
         (("--batch-size", 65), "--batch-size 65 is more than the 64 samples"),
         (("--parallel", "fsdp"), "torchrun --nproc-per-node"),
         (("--parallel", "fsdp", "--compile"), "--compile does not go with --parallel fsdp"),

@@ -43,10 +43,11 @@ def test_the_two_domains_of_drawings_are_of_different_photographs():
     from fastgan.training.data import photos
 
     source, seen = data.load("flat", 16), photos.read()
-    assert torch.equal(source.image.tensors["image"], photos.patches(seen[::2], 16))
+    one, other = (photos.Patches("", seen[i::2], 16).tensors["image"] for i in (0, 1))
+    assert torch.equal(source.image.tensors["image"], one)
     drawn = source.other.tensors["image"]
-    assert len(drawn) == len(photos.patches(seen[1::2], 16))  # as many as their photographs have
-    nearest = torch.cdist(drawn.flatten(1), photos.patches(seen[1::2], 16).flatten(1)).argmin(1)
+    assert len(drawn) == len(other)  # as many as their photographs have
+    nearest = torch.cdist(drawn.flatten(1), other.flatten(1)).argmin(1)
     assert (nearest == torch.arange(len(drawn))).float().mean() > 0.5  # and in their order
 
 
@@ -308,6 +309,63 @@ def test_names_of_data_in_any_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert data.absolute("a") == str(tmp_path / "a") and data.absolute("a,ring") == f"{tmp_path}/a,ring"
     assert data.absolute("digits") == "digits" and data.absolute("torchvision:MNIST:x") == "torchvision:MNIST:x"
+
+
+# --- what is held out -------------------------------------------------------------------------------------------------
+
+
+def test_samples_from_all_over_are_of_all_classes():
+    """Labels repeat with a period in all three: steps of one length would meet the same few again and again."""
+    for name, n in (("ring", 4000), ("glyphs", 4464 // 9), ("digits", 179)):
+        source = data.load(name, 8)
+        for part in (source.spread(n), source.split(n / len(source))[1].spread(10**6)):
+            counts = torch.bincount(part["label"], minlength=source.classes)
+            assert counts.sum() == n and counts.min() > 0 and counts.max() < 2.5 * n / source.classes
+    assert len(source.spread(10**6)["image"]) == len(source)
+    assert torch.equal(source.spread(50)["image"], source.spread(50)["image"])
+
+
+def test_what_is_held_out_of_photographs_shares_no_pixel_with_what_is_trained_on():
+    source = data.load("photos", 32)
+    trained, held = (source.places[part.rows] for part in source.split(0.1))
+    assert 0.1 <= len(held) / len(source) < 0.11 and len(trained) > 0.7 * len(source)
+    for i in range(int(source.places[:, 0].max()) + 1):
+        ours, others = trained[trained[:, 0] == i], held[held[:, 0] == i]
+        assert len(others) >= 0.09 * (source.places[:, 0] == i).sum() and len(ours)
+        _, top, bottom, left, right = others[:, None].unbind(2)
+        _, above, below, before, behind = ours[None].unbind(2)
+        both = (
+            torch.minimum(bottom, below) - torch.maximum(top, above),
+            torch.minimum(right, behind) - torch.maximum(left, before),
+        )
+        assert torch.minimum(*both).max() < 1e-9
+    upper, first = held[:, 2] <= 0.6, held[:, 4] <= 0.6
+    assert {tuple(corner) for corner in torch.stack([upper, first], 1).tolist()} == {
+        (a, b) for a in (True, False) for b in (True, False)
+    }
+    # places are where the pixels are: a patch of the finest scale, cut again
+    from fastgan.training.data import photos
+
+    i = int((source.places[:, 0] == 3).nonzero()[5])
+    photo = photos.read()[3]
+    _, top, bottom, left, right = source.places[i].tolist()
+    height, width = photo.shape[1:]
+    again = photo[:, round(top * height) : round(bottom * height), round(left * width) : round(right * width)]
+    again = torch.nn.functional.interpolate(again[None], (32, 32), mode="bicubic", antialias=True)[0] * 2 - 1
+    assert (again - source[i]["image"]).abs().mean() < 0.05
+
+
+def test_two_domains_are_split_side_by_side():
+    x = torch.arange(40.0)[:, None]
+    same = data.Domains("", data.Source("", {"image": x}), data.Source("", {"image": 100 + x}))
+    trained, held = same.split(0.1)
+    for part in (trained, held):
+        batch = part.spread(40)
+        assert torch.equal(batch["other"], batch["image"] + 100)
+    assert len(trained) == 36 and len(held) == 4
+    trained, held = data.Domains("", same.image, data.Source("", {"image": x[:20]})).split(0.1)
+    seen = {float(v) for v in trained.spread(40)["other"]}  # the shorter side is repeated
+    assert len(seen) == 18 and not seen & {float(v) for v in held.spread(40)["other"]}
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

@@ -168,6 +168,6 @@ class Recipe(Translation):
             back, truth = torch.cat([self.inverse(part) for part in fake.split(64)]), self.stylise(image)
         found = {"cycle_psnr": metrics.paired(back, image)["psnr"]}
         if truth is not None:
-            found |= metrics.paired(fake, truth)
+            found |= metrics.paired(fake, truth, self.perceptual)
             found["psnr_gain"] = found["psnr"] - metrics.paired(image, truth)["psnr"]
         return found

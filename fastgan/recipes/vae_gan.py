@@ -83,7 +83,7 @@ class Recipe(GAN):
         found = super().evaluate(n)
         with torch.no_grad():
             image = self.unseen(n)["image"]
-            return found | metrics.paired(self.reconstruct(image), image)
+            return found | metrics.paired(self.reconstruct(image), image, self.perceptual)
 
     def show(self, batch, n):
         """Samples; below them images and their reconstructions."""

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from .parallel import part as part_of
 from .parallel import whole
 
+SHOWN = 4  # differences in an error
+STEMS = ("model", "average", "training")
 KEEP = 2  # the newest checkpoints that stay
 
 
@@ -88,9 +90,9 @@ def found(folder: Path) -> list[Path]:
 def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
     """(tensors by file stem, state) of one checkpoint. ValueError where a file of it is damaged."""
     try:
-        tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+        tensors = {stem: load_file(path / f"{stem}.safetensors") for stem in STEMS}
         return tensors, json.loads((path / "state.json").read_text())
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, FileNotFoundError) as error:
         raise ValueError(f"the checkpoint {path} is damaged ({error}); once it is deleted, the one before it serves") from error
 
 
@@ -102,10 +104,26 @@ def pack_modules(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def unpack_modules(modules: dict[str, nn.Module], tensors: dict[str, Tensor]) -> None:
+    """ValueError, before anything is changed, where these are not the networks that were saved."""
+    here = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
+    there = {key: value for key, value in tensors.items() if key.partition(".")[0] in modules}
+    wrong = [
+        f"{key} is {_form(there, key)} there and {_form(here, key)} here"
+        for key in sorted(here | there)
+        if _form(there, key) != _form(here, key)
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise ValueError(
+            f"the checkpoint's networks are not the recipe's of today: {'; '.join(wrong[:SHOWN])}{more}. The version of "
+            "fastgan that wrote it (config.json) reads it; training into another --out begins anew"
+        )
     for name, module in modules.items():
-        own = {key[len(name) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{name}.")}
-        here = module.state_dict()
-        module.load_state_dict({key: part_of(value, here[key]) if key in here else value for key, value in own.items()})
+        module.load_state_dict({key: part_of(there[f"{name}.{key}"], value) for key, value in module.state_dict().items()})
+
+
+def _form(tensors: dict[str, Tensor], key: str) -> str:
+    return f"of shape {tuple(tensors[key].shape)}" if key in tensors else "missing"
 
 
 def pack_optimizers(optimizers: dict[str, torch.optim.Optimizer]) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         "--parallel",
         choices=("ddp", "fsdp"),
         default="ddp",
-        help="under torchrun: whole networks in each process, or those that are no critics sharded",
+        help="under torchrun: whole networks in each process, or sharded ones; of critics the optimizer's states alone",
     )
     parser.add_argument("--workers", type=int, default=0, help="processes that load data")
     parser.add_argument("--sample-every", type=_positive, default=500, metavar="STEPS")
@@ -43,13 +43,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number, at least 1")
     return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 when trained, 1 when the losses diverged, 2 when it can't run."""
+    """0 when trained, 1 when the losses diverged, 2 when it can't run, 130 when it was stopped."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.list:
@@ -69,3 +69,6 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # of arguments, or of --out: their messages say what is expected
         print(f"fastgan train: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the first step, or a second time
+        print("fastgan train: stopped at once", file=sys.stderr)
+        return 130

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fastgan.training import missing_extras
 from fastgan.training.features import CHOICES
+from fastgan.training.metrics import PERCEPTUAL
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -14,6 +15,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, metavar="DIR", help="of a run, as fastgan train made it")
     parser.add_argument("-n", type=int, default=2000, help="how many samples")
     parser.add_argument("--features", choices=CHOICES, help="what images are compared by; default: classifier if labelled")
+    parser.add_argument(
+        "--lpips", choices=PERCEPTUAL, nargs="?", const="alex",
+        help="of recipes that compare pairs of images: LPIPS too, by this network (default: alex) of torchvision",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
@@ -24,18 +29,20 @@ def main(argv: list[str] | None = None) -> int:
     from fastgan.training import checkpoint
 
     try:
-        found = measured(arguments.folder, arguments.n, arguments.features, arguments.seed, arguments.device)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        found = measured(arguments.folder, arguments.n, arguments.features, arguments.seed, arguments.device, arguments.lpips)
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(arguments.json, found)
+    except (ValueError, OSError, ImportError) as error:  # their messages say what is expected
         print(f"fastgan eval: {error}", file=sys.stderr)
         return 2
     print(table(found))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(arguments.json, found)
     return 0 if all(found["met"].values()) else 1
 
 
-def measured(folder: Path, n: int, features: str | None = None, seed: int = 0, device: str = "auto") -> dict:
+def measured(
+    folder: Path, n: int, features: str | None = None, seed: int = 0, device: str = "auto", lpips: str | None = None
+) -> dict:  # fmt: skip
     """Metrics of the newest checkpoint in ``folder``, what they are measured with, goals and the like.
 
     ``reference``: the same metrics of real samples against others. ``goals``: those of the recipe; none on other data than its
@@ -47,10 +54,12 @@ def measured(folder: Path, n: int, features: str | None = None, seed: int = 0, d
 
     recipe, config = run.load(folder, run.device(device))
     own = config["data"] == recipe.data and config["size"] == recipe.size and features in (None, recipe.features)
-    recipe.features = features or recipe.features
+    recipe.features, recipe.perceptual = features or recipe.features, lpips
     torch.manual_seed(seed)
     with torch.no_grad():
         values = recipe.evaluate(n)
+        if lpips and "lpips" not in values:
+            raise ValueError(f"--lpips: {config['recipe']} compares no pairs of images")
         distributions = not values.keys().isdisjoint(("fid", "energy_distance"))  # or only pairs are compared
         reference = recipe.reference() if distributions else {}
     goals = recipe.goals if own else {}

@@ -8,12 +8,14 @@
 * images, and points without labels: ``precision``, ``recall`` (Kynkäänniemi et al., 2019), ``density``, ``coverage`` (Naeem et
   al., 2020);
 * images whose class was asked for: ``accuracy``, the share that the classifier takes for that class;
-* pairs of images: ``psnr``, ``ssim`` (Wang et al., 2004), by :func:`paired`.
+* pairs of images: ``psnr``, ``ssim`` (Wang et al., 2004), and on demand ``lpips`` (Zhang et al., 2018), by :func:`paired`.
 
 A mode or a class is covered if it gets at least a fifth of an even share of the samples; a sample is near a mode within three
 standard deviations. Of 25 modes and 2500 samples that is 20 samples.
 """
 
+import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable
 
@@ -26,7 +28,7 @@ from .data import Source
 from .features import PART, Extractor, extractor
 
 #: metrics of which less is better; of all others more is
-LESS_IS_BETTER = frozenset({"energy_distance", "error", "fid", "kid", "l1", "l2", "reconstruction_error"})
+LESS_IS_BETTER = frozenset({"energy_distance", "error", "fid", "kid", "l1", "l2", "lpips", "reconstruction_error"})
 REAL = 5000  # samples of the source that others are compared with, at most
 NEAREST, NEAREST_DENSITY = 3, 5  # neighbours that make the balls of precision and recall, of density and coverage
 LEAST = 10  # samples
@@ -91,15 +93,49 @@ def better(name: str, value: float, than: float) -> bool:
     return value <= than if name in LESS_IS_BETTER else value >= than
 
 
-def paired(output: Tensor, target: Tensor) -> dict[str, float]:
-    """``psnr`` in dB and ``ssim`` of images (N, C, H, W) in [-1, 1] and what they should be."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-
-    output, target = ((x.detach().float().clamp(-1, 1) + 1) / 2 for x in (output, target))
-    return {
-        "psnr": float(peak_signal_noise_ratio(output, target, data_range=1.0)),
-        "ssim": float(structural_similarity_index_measure(output, target, data_range=1.0)),
+def paired(output: Tensor, target: Tensor, perceptual: str | None = None) -> dict[str, float]:
+    """``psnr`` in dB and ``ssim`` of images (N, C, H, W) in [-1, 1] and what they should be; ``perceptual``: ``lpips`` too, by
+    this one of ``PERCEPTUAL``. ModuleNotFoundError or ValueError say what that needs."""
+    functional = _torchmetrics("torchmetrics.functional.image")
+    output, target = (x.detach().float().clamp(-1, 1) for x in (output, target))
+    unit = (output + 1) / 2, (target + 1) / 2
+    found = {
+        "psnr": float(functional.peak_signal_noise_ratio(*unit, data_range=1.0)),
+        "ssim": float(functional.structural_similarity_index_measure(*unit, data_range=1.0)),
     }
+    return found | ({"lpips": lpips(output, target, perceptual)} if perceptual else {})
+
+
+PERCEPTUAL = ("alex", "vgg", "squeeze")  # networks that LPIPS compares features of
+
+
+def lpips(output: Tensor, target: Tensor, network: str) -> float:
+    """Mean distance of images (N, C, H, W) in [-1, 1] in features of a ``network`` that torchvision has trained on ImageNet.
+    Sides below 32 are doubled until they are not, which such networks can't do without."""
+    if importlib.util.find_spec("torchvision") is None:
+        raise ModuleNotFoundError("lpips compares features of torchvision's networks: pip install torchvision")
+    kind = _torchmetrics("torchmetrics.image.lpip").LearnedPerceptualImagePatchSimilarity
+    output, target = (x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x for x in (output, target))
+    while min(output.shape[2:]) < 32:
+        output, target = (nn.functional.interpolate(x, scale_factor=2.0) for x in (output, target))
+    try:
+        parts = list(zip(output.split(PART), target.split(PART), strict=True))
+        return float(_value(kind, parts, net_type=network))
+    except OSError as error:  # urllib's, where the weights are not on disk and can't be fetched
+        folder = f"{torch.hub.get_dir()}/checkpoints"
+        raise ValueError(
+            f"lpips needs torchvision's weights of {network} in {folder}, from where there is a net: {error}"
+        ) from error
+
+
+def _torchmetrics(name: str):
+    """The module. ImportError where a torchvision that was built for another torch, which it imports, is in its way."""
+    try:
+        return importlib.import_module(name)
+    except RuntimeError as error:
+        raise ImportError(
+            f"torchmetrics can't be imported ({error}): a torchvision for another torch? pip uninstall it"
+        ) from error
 
 
 def _random_state_kept():
@@ -107,9 +143,8 @@ def _random_state_kept():
 
 
 def _real(source: Source) -> tuple[Tensor, Tensor | None]:
-    """Samples of the source, chosen by a seed of their own, and their labels."""
-    chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:REAL]
-    batch = source.__getitems__(chosen.sort().values.tolist())
+    """Samples of the source, always the same ones, and their labels."""
+    batch = source.spread(REAL)
     return batch["image"], batch["label"] if source.classes else None
 
 
@@ -172,32 +207,28 @@ def _value(kind, pairs: list[tuple], **arguments) -> Tensor:
 
 def fid(real: Tensor, fake: Tensor) -> float:
     """Fréchet distance of the Gaussians with the means and covariances of features (N, D) and (M, D)."""
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
     pairs = [(real.double(), True), (fake.double(), False)]
-    return float(_value(FrechetInceptionDistance, pairs, feature=_given(real)))
+    return float(_value(_torchmetrics("torchmetrics.image.fid").FrechetInceptionDistance, pairs, feature=_given(real)))
 
 
 def kid(real: Tensor, fake: Tensor) -> float:
     """Unbiased squared MMD with the kernel (x·y / D + 1)^3, the mean over 20 draws of at most 500 of each. Can be < 0."""
-    from torchmetrics.image.kid import KernelInceptionDistance
-
+    kind = _torchmetrics("torchmetrics.image.kid").KernelInceptionDistance
     size = min(500, len(real), len(fake))
     pairs = [(real.double(), True), (fake.double(), False)]
     with torch.random.fork_rng(()):  # it draws on the CPU
         torch.default_generator.manual_seed(0)
-        return float(_value(KernelInceptionDistance, pairs, feature=_given(real), subsets=20, subset_size=size)[0])
+        return float(_value(kind, pairs, feature=_given(real), subsets=20, subset_size=size)[0])
 
 
 def inception_score(logits: Tensor) -> float:
     """exp(mean KL(p(y | x), p(y))) of logits (N, classes), the mean of ten parts: 1 at worst, the number of classes at best."""
-    from torchmetrics.image.inception import InceptionScore
-
+    kind = _torchmetrics("torchmetrics.image.inception").InceptionScore
     logits = logits.double()
     logits = (logits - logits.amax(1, keepdim=True)).clamp_min(-700)  # else a class that no sample has is 0 * log 0
     with torch.random.fork_rng(()):
         torch.default_generator.manual_seed(0)
-        return float(_value(InceptionScore, [(logits,)], feature=_given(logits))[0])
+        return float(_value(kind, [(logits,)], feature=_given(logits))[0])
 
 
 def neighbourhoods(real: Tensor, fake: Tensor) -> dict[str, float]:

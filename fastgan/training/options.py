@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 import re
 import typing
 from collections.abc import Iterable
@@ -9,6 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastgan._checks import near_or_known
+
+POSITIVE = ("width", "z_dim")  # numbers of something that has to be there
+SHARES = ("beta1", "beta2", "ema")  # of what was, in a running mean
 
 
 @dataclass
@@ -36,8 +40,10 @@ class Options:
             value = getattr(self, name)
             if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
                 raise ValueError(f"option {name}={value!r} is none of {', '.join(map(str, typing.get_args(kind)))}")
-            if kind in (int, float) and value < 0:
-                raise ValueError(f"option {name}={value!r} is negative")
+            if kind in (int, float):
+                least, below = name in POSITIVE, 1 if name in SHARES else math.inf
+                if not least <= value < below:
+                    raise ValueError(f"option {name}={value!r}: expected at least {int(least)} and below {below}")
 
 
 def _types(kind: type) -> dict[str, type]:

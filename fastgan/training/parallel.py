@@ -3,12 +3,15 @@
 ``ddp``: every process has all networks, and the gradients of a player are averaged between backward and its optimizer's step,
 in one transfer. That asks nothing of how a loss calls its networks: several times, in part, by other methods than forward, with
 derivatives of derivatives. ``fsdp``: networks that no critic's player trains are sharded by PyTorch's ``fully_shard``, with
-their gradients, optimizer states and averages; critics stay whole, because sharded ones can't be differentiated twice.
+their gradients, optimizer states and averages. Of critics the optimizer's work and states are shared out (Rajbhandari et al.,
+"ZeRO", 2020, stage 1): their weights stay whole, for ``fully_shard`` frees them after a backward pass, and a critic's step
+takes a second one; besides, every player's turn needs them.
 """
 
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, distributed, nn
@@ -31,11 +34,35 @@ class Processes:
             for part in module.children():
                 self.shard(part)
             return
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         # resharded after a forward without backward, too, which averages and the critics' turns are full of
-        fully_shard(module, mesh=init_device_mesh(self.device, (self.world,)), reshard_after_forward=True)
+        fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
+
+    @cached_property
+    def mesh(self):
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(self.device, (self.world,))
+
+    def parts(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Under fsdp this process's parts of whole parameters, for an optimizer to work on; else the parameters."""
+        if self.mode != "fsdp":
+            return parameters
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        return [
+            nn.Parameter(distribute_tensor(p.detach(), self.mesh, [Shard(0) if p.dim() else Replicate()], src_data_rank=None))
+            for p in parameters
+        ]
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so in any process. On the CPU, so that no device is waited for."""
+        if self.world == 1:
+            return here
+        flag = torch.tensor(float(here))
+        distributed.all_reduce(flag, distributed.ReduceOp.MAX)
+        return bool(flag)
 
     @torch.no_grad()
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -119,12 +146,35 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def part(tensor: Tensor, like: Tensor) -> Tensor:
-    """``tensor``, sharded as ``like`` is."""
+    """``tensor``, which all processes have whole, sharded as ``like`` is."""
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def cut(parameters: list[nn.Parameter], parts: list[nn.Parameter]) -> None:
+    """Parameters that have changed to what an optimizer works on, as :meth:`Processes.parts` made it."""
+    for parameter, own in zip(parameters, parts, strict=True):
+        if own is not parameter:
+            own.copy_(part(parameter, own))
+
+
+def hand_over(parameters: list[nn.Parameter], parts: list[nn.Parameter]) -> None:
+    """Their gradients to it."""
+    for parameter, own in zip(parameters, parts, strict=True):
+        if own is not parameter:
+            own.grad = None if parameter.grad is None else part(parameter.grad, own)
+
+
+@torch.no_grad()
+def hand_back(parameters: list[nn.Parameter], parts: list[nn.Parameter]) -> None:
+    """And what it made of its parts to the parameters."""
+    for parameter, own in zip(parameters, parts, strict=True):
+        if own is not parameter:
+            parameter.copy_(whole(own))
 
 
 def start(device: torch.device, mode: str = "ddp") -> Processes:
@@ -139,7 +189,7 @@ def start(device: torch.device, mode: str = "ddp") -> Processes:
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Processes(distributed.get_rank(), distributed.get_world_size(), mode, device.type)
 
 

@@ -6,6 +6,7 @@ defaults; what has more than one generator and one critic derives from :class:`R
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -15,7 +16,7 @@ import fastgan
 from fastgan import losses
 
 from . import networks
-from .data import Part, Source
+from .data import Source
 from .options import Options
 
 Batch = dict[str, Tensor]
@@ -45,7 +46,7 @@ class Recipe:
     steps = 1500
     batch_size = 64
     averaged: tuple[str, ...] = ("generator",)  # networks with an exponential moving average
-    held_out = 0.0  # this last share of the source is not trained on
+    held_out = 0.0  # this share of the source is not trained on
     step = 0  # the trainer counts
     compile = False  # set by the trainer, as is the scaler
     scaler: torch.amp.GradScaler | None = None
@@ -76,6 +77,8 @@ class Recipe:
     goals: ClassVar[dict[str, float]] = {}
     features: str | None = None  # what images are compared by, of fastgan.training.features.CHOICES; None: by the data
 
+    perceptual: str | None = None  # of fastgan.training.metrics.PERCEPTUAL, where pairs of images are to be compared by it, too
+
     def evaluate(self, n: int = 2000) -> dict[str, float]:
         """Metrics by name, of ``n`` samples, by :func:`fastgan.training.metrics.evaluate`."""
         from . import metrics
@@ -96,19 +99,20 @@ class Recipe:
         """What the picture of samples holds: here samples; a translation shows its inputs too, (n, rows, C, H, W)."""
         return self.sample(n)
 
+    @cached_property
+    def _split(self) -> tuple[Source, Source]:
+        return self.source.split(self.held_out) if self.held_out else (self.source, self.source)
+
     @property
     def training_source(self) -> Source:
         """What the trainer draws batches from."""
-        kept = len(self.source) - int(len(self.source) * self.held_out)
-        return Part(self.source, range(kept)) if self.held_out else self.source
+        return self._split[0]
 
     def unseen(self, n: int, random: bool = False) -> Batch:
-        """At most ``n`` of the samples that are held out (of all, if none is), spread evenly over them, on the device.
+        """At most ``n`` of the samples that are held out (of all, if none is), the same at each call, on the device.
         ``random``: ``n`` of them as they are drawn, some perhaps twice."""
-        held = int(len(self.source) * self.held_out) or len(self.source)
-        first, n = len(self.source) - held, n if random else min(n, held)
-        rows = torch.randint(held, (n,)).tolist() if random else [i * held // n for i in range(n)]
-        batch = self.source.__getitems__([first + row for row in rows])
+        held = self._split[1]
+        batch = held.__getitems__(torch.randint(len(held), (n,)).tolist()) if random else held.spread(n)
         return {key: value.to(self.device) for key, value in batch.items()}
 
     @property

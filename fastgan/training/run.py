@@ -4,9 +4,11 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from .recipe import Recipe
 from .trainer import Diverged, Trainer
 
 SHOWN_SKIPPED = 20
+SAME_SIGNAL = 2.0  # seconds in which several processes take further signals for the first one again
 
 #: what must be the same for a run to go on, and the argument that says so
 SAME = {
@@ -41,7 +44,7 @@ def device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         where = torch.device(name)
-        torch.empty(0, device=where)
+        torch.zeros(1, device=where).item()
     except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return where
@@ -89,7 +92,8 @@ def _train(arguments, recipe: type[Recipe], chosen: options.Options, where: torc
     }
     processes.first(_check, out, config, arguments.resume)
     source = data.load(config["data"], config["size"], arguments.strict)
-    config |= {"shape": source.shape, "class_names": source.class_names}  # for fastgan sample, where the data may be gone
+    # for fastgan sample, where the data may be gone, and for --resume, where it may have changed
+    config |= {"shape": list(source.shape), "class_names": list(source.class_names), "samples": len(source)}
     trainer = Trainer(
         recipe,
         chosen,
@@ -140,21 +144,26 @@ def _train(arguments, recipe: type[Recipe], chosen: options.Options, where: torc
 def _interruptible(trainer: Trainer, console: Console):
     """Ctrl-C, or SIGTERM, ends training after the step in progress, with a checkpoint; a second one ends it at once.
 
-    Several processes are told at different steps, and would wait for each other: there the newest checkpoint has to do.
+    Of several processes one that is told is enough: they agree before each step. All of them get Ctrl-C from the terminal, and
+    then again from torchrun.
     """
-    signals = (signal.SIGINT, signal.SIGTERM) if trainer.processes.world == 1 else ()
+    signals = (signal.SIGINT, signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread():
         signals = ()  # Python lets no other thread handle them
-    before = {number: signal.getsignal(number) for number in signals}
+    before, first = {number: signal.getsignal(number) for number in signals}, None
 
     def put_back():
         for number, handler in before.items():
             signal.signal(number, handler)
 
     def handle(number, frame):
-        trainer.stopping = True
-        put_back()
-        console.print("finishing this step and saving; once more to stop at once")
+        nonlocal first
+        if first is None:
+            first, trainer.stopping = time.monotonic(), True
+            console.print("finishing this step and saving; once more to stop at once")
+        elif trainer.processes.world == 1 or time.monotonic() - first > SAME_SIGNAL:
+            put_back()
+            os.kill(os.getpid(), number)
 
     for number in signals:
         signal.signal(number, handle)
@@ -173,16 +182,32 @@ def _check(out: Path, config: dict, resume: bool) -> None:
 
 
 def _begin(out: Path, config: dict) -> None:
-    """Make the folder, once all else that can be wrong with the arguments has been found right."""
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(out / "config.json", config)
+    """Make the folder, once all else that can be wrong with the arguments has been found right. ValueError where a run in it
+    was begun with other samples."""
+    path = out / "config.json"
+    if path.exists():
+        old = _read(path)
+        for key in ("shape", "class_names", "samples"):
+            if key in old and old[key] != config[key]:
+                raise ValueError(
+                    f"--resume: the data {config['data']} has changed since {out} was begun: {key} was {old[key]} and is "
+                    f"{config[key]}. Put it back, or give another --out"
+                )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(path, config)
+    except OSError as error:
+        raise OSError(f"--out {out} can't be written to: {error}") from error
 
 
 def _read(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        config = json.loads(path.read_text())
+        if missing := {"recipe", "data", "size", "options"} - set(config):
+            raise ValueError(f"no {', '.join(sorted(missing))}")
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not the configuration of a run: {error}") from None
+    return config
 
 
 def _compare(out: Path, old: dict, new: dict) -> None:
@@ -201,9 +226,19 @@ def load(folder: Path, where: torch.device | str = "cpu") -> tuple[Recipe, dict]
         raise FileNotFoundError(f"{folder} holds no trained run: fastgan train RECIPE --out {folder} makes one")
     config = _read(folder / "config.json")
     kind = recipes.get(config["recipe"])
+    if gone := config["options"].keys() - {field.name for field in dataclasses.fields(kind.Options)}:
+        raise ValueError(
+            f"{folder} was trained with options that {config['recipe']} no longer has: {', '.join(sorted(gone))}. "
+            f"fastgan {config.get('fastgan')}, which wrote it, reads it"
+        )
     try:
         source = data.load(config["data"], config["size"])
+        form = [list(source.shape), list(source.class_names)]
+        if (before := [config.get("shape", form[0]), config.get("class_names", form[1])]) != form:
+            raise ValueError(f"--data {config['data']} has changed since {folder} was trained: it was {before} and is {form}")
     except ValueError as error:
+        if not {"shape", "class_names"} <= config.keys():
+            raise
         source = data.Absent(config["data"], config["shape"], config["class_names"], str(error))
     recipe = kind(kind.Options(**config["options"]), source)
     tensors, _ = checkpoint.load(checkpoint.found(folder / "checkpoints")[-1])

@@ -44,16 +44,17 @@ def main(argv: list[str] | None = None) -> int:
         recipe, config = run.load(arguments.folder, run.device(arguments.device))
         torch.manual_seed(arguments.seed)
         samples = drawn(recipe, config, arguments)
+        path = arguments.out or arguments.folder / "samples.png"
+        if path.suffix == ".npz":
+            import numpy
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            numpy.savez(path, samples=samples.cpu().numpy())
+        else:
+            pictures.save(path, samples)
     except (ValueError, OSError) as error:  # their messages say what is expected
         print(f"fastgan sample: {error}", file=sys.stderr)
         return 2
-    path = arguments.out or arguments.folder / "samples.png"
-    if path.suffix == ".npz":
-        import numpy
-
-        numpy.savez(path, samples=samples.cpu().numpy())
-    else:
-        pictures.save(path, samples)
     print(f"samples {tuple(samples.shape)} in {path}")
     return 0
 

@@ -36,8 +36,9 @@ class Translation(Recipe):
         return torch.stack([nn.functional.interpolate(inputs, output.shape[2:]), output, target], 1)
 
     def evaluate(self, n: int = 500) -> dict[str, float]:
-        """Of translations of at most ``n`` unseen images "psnr" and "ssim", and how much more that is than the baseline's; and
-        "detail", their roughness where the baseline is wrong over that of what they ought to be: 1 at best, blur is below."""
+        """Of translations of at most ``n`` unseen images what :func:`metrics.paired` gives, and how much more that is than the
+        baseline's; and "detail", their roughness where the baseline is wrong over that of what they ought to be: 1 at best,
+        blur is below."""
         from . import metrics
 
         with torch.random.fork_rng(), torch.no_grad():
@@ -45,7 +46,7 @@ class Translation(Recipe):
             inputs, target = self.pair(self.unseen(n))
             outputs = torch.cat([self.translate(part) for part in inputs.split(64)])
             base = self.baseline(inputs)
-            found, before = metrics.paired(outputs, target), metrics.paired(base, target)
+            found, before = (metrics.paired(images, target, self.perceptual) for images in (outputs, base))
             wrong = (base - target).abs().amax(1, keepdim=True) > WRONG
         gains = {f"{name}_gain": value - before[name] for name, value in found.items()}
         return found | gains | {"detail": float(roughness(outputs, wrong) / roughness(target, wrong))}

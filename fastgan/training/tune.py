@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return tune(arguments)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, ImportError) as error:  # their messages say what is expected
         print(f"fastgan tune: {error}", file=sys.stderr)
         return 2
 

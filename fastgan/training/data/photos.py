@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .source import Domains, Source
+from .source import Domains, Part, Source
 
 WINDOWS = (64, 96, 144, 216)  # sides in pixels of what becomes one patch, or as many times the size where that is larger
 IN_SCIKIT_IMAGE = ("motorcycle_left.png", "chelsea.png", "coffee.png", "astronaut.png", "rocket.jpg")
@@ -22,12 +22,8 @@ def load(name: str, size: int) -> Source:
     """ "photos": "image" (3, size, size). "drawings" and "flat": two domains, "image" and "other", without pairs."""
     photos = read()
     if name == "photos":
-        return Source(name, {"image": patches(photos, size)})
-    return Domains(
-        name,
-        Source(name, {"image": patches(photos[::2], size)}),
-        Source(name, {"image": patches(photos[1::2], size, STYLES[name])}),
-    )
+        return Patches(name, photos, size)
+    return Domains(name, Patches(name, photos[::2], size), Patches(name, photos[1::2], size, STYLES[name]))
 
 
 def read() -> list[Tensor]:
@@ -47,30 +43,58 @@ def read() -> list[Tensor]:
     return [photo.movedim(-1, 0) / 255 for photo in photos]
 
 
-def patches(photos: list[Tensor], size: int, style: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """(N, 3, size, size) in [-1, 1]: each photograph at several scales, on a grid whose patches overlap by half.
+class Patches(Source):
+    """Images (3, size, size): each photograph at several scales, on a grid whose patches overlap by half.
 
     ``style`` is applied to a photograph at its scale, before it is cut, so that lines are equally wide in all patches.
+    ``places`` (N, 5): of each patch the photograph, and where it begins and ends from top to bottom and from left to right, in
+    sides of the photograph.
     """
-    cut = []
-    for photo in photos:
-        for window in (w * max(1.0, size / WINDOWS[0]) for w in WINDOWS):
-            height, width = (int(side * size / window) for side in photo.shape[1:])
-            if min(height, width) < size:
-                break
-            scaled = F.interpolate(photo[None], (height, width), mode="bicubic", antialias=True).clamp_(0, 1)
-            plain = _cut(scaled, size)
-            lively = plain.flatten(2).std(2).amax(1) > DULL  # in some channel
-            cut.append((plain if style is None else _cut(style(scaled), size))[lively])
-    if not cut:
-        raise ValueError(f"--size {size}: the photographs' shorter sides have 300 to 512 pixels; expected a smaller size")
-    return torch.cat(cut) * 2 - 1
+
+    def __init__(self, name: str, photos: list[Tensor], size: int, style: Callable[[Tensor], Tensor] | None = None):
+        cut, places = [], []
+        for i, photo in enumerate(photos):
+            for window in (w * max(1.0, size / WINDOWS[0]) for w in WINDOWS):
+                height, width = (int(side * size / window) for side in photo.shape[1:])
+                if min(height, width) < size:
+                    break
+                scaled = F.interpolate(photo[None], (height, width), mode="bicubic", antialias=True).clamp_(0, 1)
+                plain = _cut(scaled, size)
+                lively = plain.flatten(2).std(2).amax(1) > DULL  # in some channel
+                cut.append((plain if style is None else _cut(style(scaled), size))[lively])
+                places.append(_places(i, height, width, size)[lively])
+        if not cut:
+            raise ValueError(f"--size {size}: the photographs' shorter sides have 300 to 512 pixels; expected a smaller size")
+        super().__init__(name, {"image": torch.cat(cut) * 2 - 1})
+        self.places = torch.cat(places)
+
+    def split(self, share: float) -> tuple[Source, Source]:
+        """Of every photograph the patches in one corner are held out, and those that reach into it are in neither part."""
+        photo, top, bottom, left, right = self.places.T
+        lower, later = photo % 4 >= 2, photo % 2 == 1  # each photograph's corner is another's than the one before
+        near = torch.maximum(torch.where(lower, 1 - bottom, top), torch.where(later, 1 - right, left))
+        far = torch.maximum(torch.where(lower, 1 - top, bottom), torch.where(later, 1 - left, right))
+        held, trained = torch.zeros(2, len(self), dtype=torch.bool)
+        for i in photo.unique():
+            here = photo == i
+            corner = far[here].sort().values[: max(1, round(share * int(here.sum())))].max()
+            held |= here & (far <= corner)
+            trained |= here & (near >= corner)
+        return tuple(Part(self, rows.nonzero().flatten().tolist()) for rows in (trained, held))
 
 
 def _cut(photo: Tensor, size: int) -> Tensor:
     """(1, 3, H, W) to (N, 3, size, size)."""
     stride = max(1, size // 2)
     return photo[0].unfold(1, size, stride).unfold(2, size, stride).permute(1, 2, 0, 3, 4).flatten(0, 1)
+
+
+def _places(i: int, height: int, width: int, size: int) -> Tensor:
+    """(N, 5), of what ``_cut`` cuts."""
+    top, left = (torch.arange(0, side - size + 1, max(1, size // 2), dtype=torch.float64) for side in (height, width))
+    top, left = (grid.flatten() for grid in torch.meshgrid(top, left, indexing="ij"))
+    place = (top / height, (top + size) / height, left / width, (left + size) / width)
+    return torch.stack([torch.full_like(top, i), *place], 1)
 
 
 # --- what makes a drawing of a photograph (1, 3, H, W) in [0, 1] ------------------------------------------------------

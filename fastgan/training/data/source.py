@@ -41,8 +41,18 @@ class Source(Dataset):
         return batch
 
     def spread(self, n: int) -> dict[str, Tensor]:
-        """``n`` samples from the first to the last, evenly; some again where there are fewer."""
-        return self.__getitems__(torch.linspace(0, len(self) - 1, n).long().tolist())
+        """At most ``n`` samples from all over, in their order, the same at each call."""
+        return self.__getitems__(_drawn(len(self), n))
+
+    def split(self, share: float) -> tuple["Source", "Source"]:
+        """(what is trained on, the ``share`` that is held out), the same at each call, classes and files mixed in both."""
+        held = _drawn(len(self), int(len(self) * share))
+        return Part(self, sorted(set(range(len(self))) - set(held))), Part(self, held)
+
+
+def _drawn(length: int, n: int) -> list[int]:
+    """At most ``n`` rows of ``length``, in order. By chance: every k-th row meets the same classes where labels repeat."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(0))[:n].sort().values.tolist()
 
 
 class Domains(Source):
@@ -58,6 +68,11 @@ class Domains(Source):
 
     def __len__(self) -> int:
         return max(len(self.image), len(self.other))
+
+    def split(self, share: float) -> tuple["Domains", "Domains"]:
+        """Of each side; rows that belong together stay together where both have equally many."""
+        pairs = zip(self.image.split(share), self.other.split(share), strict=True)
+        return tuple(Domains(self.name, image, other) for image, other in pairs)
 
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
         image, other = (side.__getitems__([row % len(side) for row in rows])["image"] for side in (self.image, self.other))
