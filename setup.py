@@ -158,7 +158,7 @@ def extension(kind: str) -> dict:
         def build_extension(self, ext):
             jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
             cxx, includes = os.environ.get("CXX", "c++"), [f"-I{path}" for path in (*ext.include_dirs, *self.include_dirs)]
-            # Python's own flags but for debug information, which takes as much time and space as the code.
+            # Python's own flags but for debug information: a third of the compilers' time and nine tenths of the objects.
             flags = [
                 *dropwhile(lambda word: not word.startswith("-"), self.compiler.compiler_so),
                 "-g0",
