@@ -277,7 +277,7 @@ def test_no_atomics():
     assert not re.search(r"\b(atom|red)\.", cuda_ptx("unordered_pairs"))
 
 
-# Both launches, in parts of a tile: instructions of PTX per unordered pair and component of 16, and sectors of 32 bytes asked of
+# Both launches, in parts of a tile: instructions of PTX per unordered pair and component of 16, and 32-byte sectors asked of
 # L1, to the least. Worked out twice, pairs take 10.5, 25.5, 25.2 and 40.7.
 ONCE_COUNTS = {"": (6.8, 4.9), "_backward": (19, 1.6), "_jvp": (15.2, 6.3), "_double_backward": (28, 1.9)}
 
