@@ -52,7 +52,7 @@ def examine() -> dict:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            **{package: _version(package) for package in ("triton", "numpy")},
+            **{package: _version(package) for package in ("triton", "numpy", "ninja")},
         },
         "tools": {"c++": shutil.which("c++"), "nvcc": shutil.which("nvcc")},
         "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

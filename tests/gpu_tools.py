@@ -4,9 +4,11 @@
 The emulator is not part of this project: ``FASTGAN_PTXEMU`` names the folder that contains the package ``ptxemu``.
 """
 
+import ctypes
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -112,6 +114,20 @@ def without_barrier(ptx: str, kernel: str, number: int) -> str:
     (body,) = re.findall(rf"^(?:\.visible |\.weak )?\.entry \w*{kernel}.*?^}}", ptx, re.MULTILINE | re.DOTALL)
     barrier = list(re.finditer(r"bar(rier)?\.sync[^;]*;", body))[number]
     return head + body[: barrier.start()] + body[barrier.end() :]
+
+
+def plain_cpp(folder: Path, source: str) -> ctypes.CDLL:
+    """C++ that includes headers of csrc, compiled; its functions return int64_t."""
+    if not shutil.which("c++"):
+        pytest.skip("there is no C++ compiler to cut launches' work with")
+    path, library = folder / "launches.cpp", folder / "launches.so"
+    path.write_text(source)
+    csrc = Path(__file__).parent.parent / "csrc"
+    subprocess.run(["c++", "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{csrc}", path, "-o", library], check=True)
+    loaded = ctypes.CDLL(str(library))
+    for name in re.findall(r"^int64_t (\w+)\(", source, re.MULTILINE):
+        getattr(loaded, name).restype = ctypes.c_int64
+    return loaded
 
 
 def emulator():
@@ -291,11 +307,10 @@ def _print_table() -> None:
         print(f"Triton: {missing}", file=sys.stderr)
     try:
         for (kernel, arch), usage in cuda_usage().items():
-            op = (
-                "spectral_norm" if "spectral_norm" in kernel else "minibatch_discrimination" if "pairs" in kernel else "streams"
-            )
+            op = next((op for op in ("spectral_norm", "minibatch_discrimination") if op in kernel), "streams")
             home = importlib.import_module(f"test_{op}_cuda")
-            rows.append((home.describe(kernel), f"sm_{arch}", usage, usage.occupancy(arch, home.WARPS)))
+            warps = home.warps_of(kernel) if hasattr(home, "warps_of") else home.WARPS
+            rows.append((home.describe(kernel), f"sm_{arch}", usage, usage.occupancy(arch, warps)))
     except pytest.skip.Exception as missing:
         print(f"CUDA C++: {missing}", file=sys.stderr)
     print("| kernel | arch | registers | shared bytes | spills | occupancy |\n| --- | --- | --- | --- | --- | --- |")

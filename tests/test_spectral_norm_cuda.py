@@ -6,13 +6,10 @@ Launches are made with the tables that csrc/cuda/spectral_norm.h makes for a GPU
 import ctypes
 import math
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
-from gpu_tools import Launch, Memory, Traffic, cuda_extension, cuda_ptx, cuda_usage, emulator, without_barrier
+from gpu_tools import Launch, Memory, Traffic, cuda_extension, cuda_ptx, cuda_usage, emulator, plain_cpp, without_barrier
 from samples import map_tensors, normal, tensors_of
 
 import fastgan
@@ -20,7 +17,6 @@ from fastgan.ops import references
 
 pytestmark = pytest.mark.gpu_check
 
-CSRC = Path(__file__).parent.parent / "csrc"
 OPERATORS = [op for op in references if op.startswith("spectral_norm")]
 KERNELS = ("products", "reduce", "finish", "inner", "combine")
 WARPS = 8
@@ -79,15 +75,7 @@ int64_t blocks(Layer* layer, int kernel, bool v_first, bool write, int64_t size)
 
 @pytest.fixture(scope="session")
 def tables(tmp_path_factory):
-    if not shutil.which("c++"):
-        pytest.skip("there is no C++ compiler to make launches' tables with")
-    folder = tmp_path_factory.mktemp("tables")
-    source, library = folder / "tables.cpp", folder / "tables.so"
-    source.write_text(TABLES)
-    subprocess.run(["c++", "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{CSRC}", source, "-o", library], check=True)
-    loaded = ctypes.CDLL(str(library))
-    for name in ("bytes", "tiles", "scratch", "blocks"):
-        getattr(loaded, name).restype = ctypes.c_int64
+    loaded = plain_cpp(tmp_path_factory.mktemp("tables"), TABLES)
     assert loaded.bytes() == ctypes.sizeof(Layers)
     return loaded
 

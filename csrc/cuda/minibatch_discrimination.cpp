@@ -17,12 +17,13 @@ void run(const Call& call) {
   const Tensor tangent = call.tangent ? torch::stable::contiguous(*call.tangent) : m;
   const Tensor grad = call.grad ? torch::stable::contiguous(*call.grad) : m;
   const Device device(m);
-  minibatch_discrimination::launch(call.name,
-                                   {dtype_of(m.scalar_type()), call.B, call.K, call.D, m.const_data_ptr(),
-                                    call.tangent ? tangent.const_data_ptr() : nullptr, call.grad ? grad.const_data_ptr() : nullptr,
-                                    call.values ? call.values->mutable_data_ptr() : nullptr,
-                                    call.gradient ? call.gradient->mutable_data_ptr() : nullptr, call.self_term},
-                                   device.stream);
+  const minibatch_discrimination::Pairs pairs{
+      dtype_of(m.scalar_type()), call.B, call.K, call.D, m.const_data_ptr(), call.tangent ? tangent.const_data_ptr() : nullptr,
+      call.grad ? grad.const_data_ptr() : nullptr, call.values ? call.values->mutable_data_ptr() : nullptr,
+      call.gradient ? call.gradient->mutable_data_ptr() : nullptr, call.self_term};
+  const minibatch_discrimination::Cut cut(pairs);
+  Tensor scratch = torch::stable::new_empty(m, {cut.scratch}, ScalarType::Byte);
+  minibatch_discrimination::launch(call.name, pairs, cut, scratch.mutable_data_ptr(), device.stream);
 }
 
 }  // namespace
