@@ -13,6 +13,7 @@ import pytest
 import torch
 from ranks import on_ranks
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastgan
@@ -322,6 +323,23 @@ def test_compiled_networks():
     assert {"critic forward", "critic backward", "generator backward"} <= set(seconds(p)) and "penalty" not in seconds(p)
 
 
+@pytest.mark.filterwarnings("error:Accessing the data pointer of FakeTensor")
+def test_what_compilers_trace_is_none_of_the_loop():
+    """Inductor differentiates patterns of its own, on tensors without data."""
+
+    class Compiled(Net):
+        def forward(self, x):
+            with torch._guards.tracing(torch._guards.TracingContext(None)), FakeTensorMode():
+                y = torch.ones(2, requires_grad=True)
+                with torch.enable_grad():
+                    torch.autograd.grad(y.square().sum(), y)
+            return super().forward(x)
+
+    with fastgan.profile(**SHORT) as p:
+        train(Net(16, 1), Compiled(4, 16))
+    assert {n.role: n.update for n in p.networks} == {"critic": (3, (2,)), "generator": (1, ())}
+
+
 def _profile_a_rank(rank):
     D, G = (nn.parallel.DistributedDataParallel(net) for net in (Net(16, 1), Net(4, 16)))
     oD, oG = (torch.optim.Adam(net.parameters()) for net in (D, G))
@@ -334,7 +352,8 @@ def _profile_a_rank(rank):
             (-D(G(torch.randn(8, 4))).mean()).backward()
             oG.step()
     assert {n.name: n.role for n in p.networks} == {"D": "critic", "G": "generator"}
-    if rank == 0:  # the other doesn't take part
+    if rank == 0:  # the other doesn't take part, and calls of the wrapper would wait for it
+        nn.parallel.DistributedDataParallel.forward = None
         found = p.measure_gains(0.05)
         assert not any("could not" in gain.note for gain in found), found
         assert {gain.network for gain in found} == {"D", "G"}
