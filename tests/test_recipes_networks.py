@@ -11,7 +11,7 @@ for needed in ("matplotlib", "rich", "safetensors", "sklearn", "torchmetrics"):
 
 from fastgan import recipes  # noqa: E402
 from fastgan.recipes import minibatch, r3gan, sagan, stylegan  # noqa: E402
-from fastgan.training import data  # noqa: E402
+from fastgan.training import data, networks  # noqa: E402
 from fastgan.training.trainer import Trainer  # noqa: E402
 
 
@@ -40,6 +40,14 @@ def test_normalised_weights_have_a_norm_of_one(name, fast):
     assert len(weights) > 5
     for weight in weights:
         torch.testing.assert_close(torch.linalg.matrix_norm(weight.flatten(1), 2), torch.tensor(1.0), atol=0.02, rtol=0)
+    assert networks.normalised(critic) == 1
+
+
+def test_other_weights_are_not_taken_for_normalised_ones():
+    halves = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Conv2d(3, 3, 1))
+    torch.nn.init.eye_(halves[0].weight)
+    torch.nn.init.constant_(halves[1].weight, 0.5)  # of norm 1.5
+    assert networks.normalised(halves) == 0.5 and networks.normalised(halves, 0.6) == 1
 
 
 def test_attention_gathers_from_everywhere():
