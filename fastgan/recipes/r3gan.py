@@ -3,8 +3,9 @@
 Residual blocks of 1x1, grouped 3x3 and 1x1 convolutions, bilinear resampling, scaled so that each block starts as the
 identity. Piecewise linear throughout, so that :func:`fastgan.critic_step` takes one shared pass for loss and both penalties.
 
-Points, which are closer to each other than images, need lighter penalties: ``--data ring --batch-size 256 --set width=32
-lr=1e-3 r1=0.1 r2=0.1``.
+Points, whose modes lie close to each other, need lighter penalties: those that images take forbid the critic to be as steep as
+it has to be between two modes. ``--data grid --batch-size 256 --steps 2000 --set width=32 z_dim=2 r1=0.003 r2=0.003`` finds
+nearly all of 25.
 
 Huang et al., "The GAN is dead; long live the GAN! A modern GAN baseline", 2024.
 """
@@ -85,6 +86,12 @@ class Recipe(GAN):
     Options = Options
     steps = 800
     goals: ClassVar = {"classes": 10, "fid": 6, "recall": 0.4}
+    further: ClassVar = {
+        "grid": (
+            "--batch-size 256 --steps 2000 --set width=32 z_dim=2 r1=0.003 r2=0.003",
+            {"modes": 20, "high_quality": 0.65},
+        )
+    }
 
     def build(self):
         o, shape = self.options, self.source.shape

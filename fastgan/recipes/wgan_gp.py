@@ -2,7 +2,8 @@
 
 The penalty is :func:`fastgan.critic_step`'s. No batch norm in the critic, whose samples must not depend on each other.
 
-Points, too: ``--data ring --set width=32 gradient_penalty=1 critic_updates=5``.
+Points take a lighter penalty, which lets the critic be as steep as it has to be between two modes: ``--data grid --batch-size
+256 --steps 1000 --set width=32 z_dim=2 gradient_penalty=0.1 lr_decay=0.3`` finds about half of 25 modes.
 
 Gulrajani et al., "Improved training of Wasserstein GANs", 2017.
 """
@@ -28,3 +29,9 @@ class Recipe(GAN):
     Options = Options
     steps = 450
     goals: ClassVar = {"classes": 10, "fid": 2.5, "recall": 0.8}
+    further: ClassVar = {
+        "grid": (
+            "--batch-size 256 --steps 1000 --set width=32 z_dim=2 gradient_penalty=0.1 lr_decay=0.3",
+            {"modes": 8, "high_quality": 0.15},
+        )
+    }

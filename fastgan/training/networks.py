@@ -22,7 +22,8 @@ def doublings(shape: Shape, smallest: int = 4) -> int:
 
 class Perceptron(nn.Module):
     """Three hidden layers from ``inputs`` to ``outputs``, numbers or shapes. A label of ``classes`` is embedded.
-    ``dropout``: probability of a hidden unit to be left out."""
+    ``dropout``: probability of a hidden unit to be left out. ReLU and not a leaky one, with which critics of points take twice
+    the steps to become steep between modes."""
 
     def __init__(self, inputs: int | Shape, outputs: int | Shape, hidden: int, classes: int = 0, dropout: float = 0.0):
         super().__init__()
@@ -32,7 +33,7 @@ class Perceptron(nn.Module):
         features += hidden // 4 if classes else 0
         layers = []
         for _ in range(3):
-            layers += [nn.Linear(features, hidden), nn.LeakyReLU(0.2), *([nn.Dropout(dropout)] if dropout else [])]
+            layers += [nn.Linear(features, hidden), nn.ReLU(), *([nn.Dropout(dropout)] if dropout else [])]
             features = hidden
         self.body = nn.Sequential(*layers, nn.Linear(hidden, math.prod(self.outputs)))
 
@@ -214,6 +215,15 @@ class ResCritic(nn.Module):
         h = self.body(x).sum((2, 3))
         score = self.score(h)
         return score if self.label is None else score + (self.label(label) * h).sum(1, keepdim=True)
+
+
+@torch.no_grad()
+def normalised(module: nn.Module, tolerance: float = 0.1) -> float:
+    """The share of weights of linear and convolution layers whose largest singular value is 1 within ``tolerance``: all of
+    those that spectral norm has, which follows the training by one iteration a forward."""
+    weights = [layer.weight for layer in module.modules() if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd)]
+    norms = torch.stack([torch.linalg.matrix_norm(weight.flatten(1), 2) for weight in weights])
+    return ((norms - 1).abs() <= tolerance).float().mean().item()
 
 
 INITIALISERS = {
