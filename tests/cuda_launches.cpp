@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "cuda/gradient_penalty.h"
+#include "cuda/minibatch_discrimination.h"
 #include "cuda/spectral_norm.h"
 #include "cuda/tangent_combine.h"
 
@@ -77,6 +78,40 @@ void launch_scale(const char*, Dtype dtype, Strip grads, Strip factors, Strip ou
 }
 
 }  // namespace gradient_penalty
+
+namespace minibatch_discrimination {
+
+void launch(const char*, const Pairs& pairs, const Cut& cut, void* scratch, Stream stream) {
+  for_dtype(pairs.dtype, stream, [&](auto type) {
+    using T = decltype(type);
+    std::memset(scratch, 0xff, cut.scratch);  // there is room for it
+    const auto read = [&](const void* from, int64_t at) { return from ? double(static_cast<const T*>(from)[at]) : 0; };
+    for (int64_t i = 0; i < pairs.B; ++i)
+      for (int64_t k = 0; k < pairs.K; ++k) {
+        const int64_t row = i * pairs.K + k;
+        double value = 0;
+        std::vector<double> gradient(pairs.D);
+        for (int64_t j = 0; j < pairs.B; ++j) {
+          const int64_t other = j * pairs.K + k;
+          double distance = 0, slope = 0;
+          std::vector<double> signs(pairs.D);
+          for (int64_t d = 0; d < pairs.D; ++d) {
+            const double difference = read(pairs.m, row * pairs.D + d) - read(pairs.m, other * pairs.D + d);
+            signs[d] = (difference > 0) - (difference < 0), distance += std::abs(difference);
+            slope += signs[d] * (read(pairs.tangent, row * pairs.D + d) - read(pairs.tangent, other * pairs.D + d));
+          }
+          const double counted = -std::exp(-distance) * (pairs.tangent ? slope : 1);
+          if (pairs.tangent || pairs.self_term || i != j) value += pairs.tangent ? counted : -counted;
+          const double weight = (read(pairs.grad, row) + read(pairs.grad, other)) * counted;
+          for (int64_t d = 0; d < pairs.D; ++d) gradient[d] += (pairs.tangent ? -weight : weight) * signs[d];
+        }
+        if (pairs.values) static_cast<T*>(pairs.values)[row] = T(value);
+        for (int64_t d = 0; pairs.gradient && d < pairs.D; ++d) static_cast<T*>(pairs.gradient)[row * pairs.D + d] = T(gradient[d]);
+      }
+  });
+}
+
+}  // namespace minibatch_discrimination
 
 namespace tangent_combine {
 

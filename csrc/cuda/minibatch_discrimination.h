@@ -19,7 +19,7 @@ struct Pairs {
 constexpr int64_t kSide = 32;       // samples of a tile
 constexpr double kTwice = 1 << 25;  // B B K D below which a second launch costs more than half of the pairs (docs/gpu.md)
 constexpr int64_t kUnits = 2048;    // warps that fill a GPU
-constexpr int64_t kScratch = 48 << 20;  // bytes, if four parts don't need more
+constexpr int64_t kScratch = 48'000'000;  // bytes, if four parts don't need more
 
 inline int64_t tiles_of(int64_t B) { return (B + kSide - 1) / kSide; }
 
