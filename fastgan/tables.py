@@ -12,9 +12,8 @@ def render(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], w
     except ImportError:
         return _plain(title, headings, rows)
     shown = Table(title=title, title_justify="left")
-    word = max((len(word) for row in rows for word in row[0].split()), default=0)
     for i, name in enumerate(headings):
-        shown.add_column(name, justify="right" if i else "left", overflow="fold", min_width=None if i else min(word, 32))
+        shown.add_column(name, justify="right" if i else "left", overflow="fold")
     for row in rows:
         shown.add_row(*row)
     console = Console(width=width) if width else Console()
