@@ -104,6 +104,17 @@ def test_pairs_are_the_sources_own():
         recipe("pix2pix", colours(size=9))
 
 
+def test_a_critic_that_knows_nothing_tells_no_image_from_a_result():
+    made = recipe("pix2pix", colours())
+    result = lambda given: made.translate(given)  # noqa: E731
+    near = lambda image, given: -(image - result(given)).abs().mean((1, 2, 3), keepdim=True)  # noqa: E731
+    for critic, share in ((near, 0), (lambda *images: -near(*images), 1), (lambda image, given: image[:, :1, :1, :1] * 0, 0)):
+        made.critic = critic
+        before = torch.get_rng_state()
+        assert made.evaluate(70)["told_apart"] == share
+        assert torch.equal(before, torch.get_rng_state())
+
+
 @pytest.mark.parametrize("scale", [2, 4])
 def test_super_resolution_of_any_size(scale):
     made = recipe("srgan", colours(), scale=scale, blocks=1)
