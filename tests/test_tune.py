@@ -42,7 +42,7 @@ def test_ranges():
         ("lr=1:2:linear", "expected name=low:high"),
         ("lr=2:1", "expected low < high"),
         ("lr=0:1:log", "both above 0"),
-        ("lr=1:inf", "expected low < high"),
+        ("lr=1:inf", "option lr=inf: expected at least 0 and below inf"),
         ("lr=a:b", "--space lr=a: expected a number"),
         ("rate=1:2", "--space rate: no such option"),
         ("loss=hinge,hing", "option loss='hing' is none of"),

@@ -5,6 +5,7 @@ import weakref
 from functools import cached_property
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from .analyse import Graph
 from .outputs import score_list
@@ -42,7 +43,7 @@ class Snapshot:
     def take(self):
         self.buffers = []
         if self.module is not None:
-            vectors = (p for p in self.module.parameters() if p.dim() == 1 and not p.requires_grad)
+            vectors = (p for p in self.module.parameters() if not (p.requires_grad or is_lazy(p)) and p.dim() == 1)
             self.buffers = [(b, b.detach().clone()) for b in (*self.module.buffers(), *vectors)]
         self.cpu_state = torch.get_rng_state()
         self.cuda_state = torch.cuda.get_rng_state(self.cuda) if self.cuda is not None else None
