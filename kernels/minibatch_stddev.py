@@ -1,7 +1,8 @@
 """Minibatch standard deviation in Triton: fastgan/ops/minibatch_stddev.py has the formulas.
 
 A program owns a piece of the positions of one slice of channels in one group and goes through the group's samples three times:
-for the mean, for the deviation, and for what is written. Only the first reads past the caches. Another launch adds up the
+for the mean, for the deviation, and for what is written. Groups of up to _KEEP samples stay in registers meanwhile; of larger
+ones only the first time reads past the caches. Another launch adds up the
 pieces in order and writes the channels appended; with a gradient, one before sums up what reached these. No atomics: the same
 bits on every run.
 """
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fastgan.ops.minibatch_stddev import check, like_output, like_x, memory_format
 
+_KEEP = 8
 _BLOCK = 256  # positions of a program, and places at a time where channels appended are read or written
 
 
@@ -27,6 +29,40 @@ def place_of(batch, groups, units, STRIDED: tl.constexpr):
 
 
 @triton.jit
+def _load(values, sample, stride, inside, WANTED: tl.constexpr):
+    """Of a sample, at this program's positions; anything where there is no such tensor."""
+    return tl.load(values + sample * stride, mask=inside, other=0) if WANTED else 0
+
+
+@triton.jit
+def _kept(values, first, step, size, stride, inside, WANTED: tl.constexpr, KEEP: tl.constexpr):
+    """Of all samples of a group, in registers; 0 where it has fewer than KEEP."""
+    kept = ()
+    for i in tl.static_range(KEEP):
+        kept += (_load(values, first + i * step, stride, inside & (i < size), WANTED),)
+    return kept
+
+
+@triton.jit
+def _add_deviations(squares, products, value, value_v, x0, v0, mean, mean_v, TANGENT: tl.constexpr, ACC: tl.constexpr):
+    d = value.to(ACC) - x0 - mean
+    squares += d * d
+    if TANGENT:
+        products += (value_v.to(ACC) - v0 - mean_v) * d
+    return squares, products
+
+
+@triton.jit
+def _gradient(value, value_v, g, x0, v0, mean, mean_v, weight, slope, TANGENT: tl.constexpr, ACC: tl.constexpr):
+    d = value.to(ACC) - x0 - mean
+    if TANGENT:
+        result = weight * (value_v.to(ACC) - v0 - mean_v - slope * d)
+    else:
+        result = g.to(ACC) + weight * d
+    return result
+
+
+@triton.jit
 def column_kernel(
     x, v, grad, reached, out_values, out_gradient, out_parts,
     batch, groups, slices, pieces, positions, length,  # length of the runs of memory that a slice's positions are
@@ -34,7 +70,7 @@ def column_kernel(
     values_sample, values_run, values_slice, gradient_sample, gradient_run, gradient_slice,
     eps: tl.float64,
     STRIDED: tl.constexpr, UNBIASED: tl.constexpr, TANGENT: tl.constexpr, WEIGHTS: tl.constexpr, VALUES: tl.constexpr,
-    ACC: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr, BLOCK: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     group, unit, first, step, size = place_of(batch, groups, slices * pieces, STRIDED)
     of_slice, piece = (unit // pieces).to(tl.int64), unit % pieces
@@ -46,27 +82,42 @@ def column_kernel(
     grads = grad + of_slice * grad_slice + run * grad_run + lane
     outs = out_values + of_slice * values_slice + run * values_run + lane
     gradients = out_gradient + of_slice * gradient_slice + run * gradient_run + lane
-    x0 = tl.load(xs + first * x_sample, mask=inside, other=0).to(ACC)
-    v0 = tl.load(vs + first * v_sample, mask=inside, other=0).to(ACC) if TANGENT else x0
+    kept = _kept(xs, first, step, size, x_sample, inside, True, KEEP)
+    kept_v = _kept(vs, first, step, size, v_sample, inside, TANGENT, KEEP)
+    x0 = kept[0].to(ACC) if KEEP else _load(xs, first, x_sample, inside, True).to(ACC)
+    v0 = x0
+    if TANGENT:
+        v0 = kept_v[0].to(ACC) if KEEP else _load(vs, first, v_sample, inside, True).to(ACC)
     mean, mean_v = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
-    for i in range(size):
-        sample = first + i * step
-        value = tl.load(xs + sample * x_sample, mask=inside, other=0)
-        mean += value.to(ACC) - x0
-        if TANGENT:
-            value = tl.load(vs + sample * v_sample, mask=inside, other=0)
-            mean_v += value.to(ACC) - v0
-        if VALUES:
-            tl.store(outs + sample * values_sample, value, mask=inside)
-    mean = mean / size.to(ACC)
-    mean_v = mean_v / size.to(ACC)
     squares, products = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
-    for i in range(size):
-        sample = first + i * step
-        d = tl.load(xs + sample * x_sample, mask=inside, other=0).to(ACC) - x0 - mean
-        squares += d * d
-        if TANGENT:
-            products += (tl.load(vs + sample * v_sample, mask=inside, other=0).to(ACC) - v0 - mean_v) * d
+    if KEEP:
+        for i in tl.static_range(KEEP):
+            mean += tl.where(i < size, kept[i].to(ACC) - x0, 0)
+            if TANGENT:
+                mean_v += tl.where(i < size, kept_v[i].to(ACC) - v0, 0)
+            if VALUES:
+                passed = kept_v[i] if TANGENT else kept[i]
+                tl.store(outs + (first + i * step) * values_sample, passed, mask=inside & (i < size))
+        mean = mean / size.to(ACC)
+        mean_v = mean_v / size.to(ACC)
+        for i in tl.static_range(KEEP):
+            more, more_products = _add_deviations(squares, products, kept[i], kept_v[i], x0, v0, mean, mean_v, TANGENT, ACC)
+            squares, products = tl.where(i < size, more, squares), tl.where(i < size, more_products, products)
+    else:
+        for i in range(size):
+            value = _load(xs, first + i * step, x_sample, inside, True)
+            mean += value.to(ACC) - x0
+            if TANGENT:
+                value = _load(vs, first + i * step, v_sample, inside, True)
+                mean_v += value.to(ACC) - v0
+            if VALUES:
+                tl.store(outs + (first + i * step) * values_sample, value, mask=inside)
+        mean = mean / size.to(ACC)
+        mean_v = mean_v / size.to(ACC)
+        for i in range(size):
+            value = _load(xs, first + i * step, x_sample, inside, True)
+            value_v = _load(vs, first + i * step, v_sample, inside, TANGENT)
+            squares, products = _add_deviations(squares, products, value, value_v, x0, v0, mean, mean_v, TANGENT, ACC)
     count = (size - 1 if UNBIASED else size).to(ACC)
     sigma = tl.sqrt(squares / count + (tl.zeros([BLOCK], tl.float64) + eps).to(ACC))
     inverse = tl.where(sigma == 0, 0, 1 / sigma)
@@ -74,18 +125,22 @@ def column_kernel(
     if VALUES:
         tl.store(out_parts + tl.program_id(0), tl.sum(tl.where(inside, statistic, 0).to(tl.float64), 0))
     if WEIGHTS:
-        g = tl.load(reached + group * slices + of_slice)
-        weight = (g / (count.to(tl.float64) * positions)).to(ACC) * inverse
+        arriving = tl.load(reached + group * slices + of_slice)
+        weight = (arriving / (count.to(tl.float64) * positions)).to(ACC) * inverse
         slope = statistic * inverse
-        for i in range(size):
-            sample = first + i * step
-            d = tl.load(xs + sample * x_sample, mask=inside, other=0).to(ACC) - x0 - mean
-            if TANGENT:
-                c = tl.load(vs + sample * v_sample, mask=inside, other=0).to(ACC) - v0 - mean_v
-                value = weight * (c - slope * d)
-            else:
-                value = tl.load(grads + sample * grad_sample, mask=inside, other=0).to(ACC) + weight * d
-            tl.store(gradients + sample * gradient_sample, value, mask=inside)
+        if KEEP:
+            for i in tl.static_range(KEEP):
+                there, sample = inside & (i < size), first + i * step
+                g = _load(grads, sample, grad_sample, there, not TANGENT)
+                value = _gradient(kept[i], kept_v[i], g, x0, v0, mean, mean_v, weight, slope, TANGENT, ACC)
+                tl.store(gradients + sample * gradient_sample, value, mask=there)
+        else:
+            for i in range(size):
+                sample = first + i * step
+                value, value_v = _load(xs, sample, x_sample, inside, True), _load(vs, sample, v_sample, inside, TANGENT)
+                g = _load(grads, sample, grad_sample, inside, not TANGENT)
+                value = _gradient(value, value_v, g, x0, v0, mean, mean_v, weight, slope, TANGENT, ACC)
+                tl.store(gradients + sample * gradient_sample, value, mask=inside)
 
 
 @triton.jit
@@ -156,6 +211,7 @@ def _run(x, v, grad, groups, strided, num_channels, unbiased, eps):
     vs, grads, outs, gradients = (xs if z is None else _Samples(z, last, width) for z in (v, grad, values, gradient))
     positions = width * xs.places
     accumulate = tl.float64 if x.dtype == torch.float64 else tl.float32
+    largest = triton.cdiv(x.shape[0], groups)
     pieces, slices = triton.cdiv(positions, _BLOCK), groups * num_channels
     reached = x.new_empty(slices, dtype=torch.float64)
     parts = x.new_empty(slices * pieces, dtype=torch.float64)
@@ -170,7 +226,7 @@ def _run(x, v, grad, groups, strided, num_channels, unbiased, eps):
             x.shape[0], groups, num_channels, pieces, positions, positions if last == torch.contiguous_format else width,
             *xs.strides, *vs.strides, *grads.strides, *outs.strides, *gradients.strides, float(eps),
             STRIDED=strided, UNBIASED=unbiased, TANGENT=v is not None, WEIGHTS=grad is not None, VALUES=values is not None,
-            ACC=accumulate, BLOCK=_BLOCK,
+            ACC=accumulate, BLOCK=_BLOCK, KEEP=largest if largest <= _KEEP else 0,
         )  # fmt: skip
         if values is not None:
             append_kernel[(slices,)](
