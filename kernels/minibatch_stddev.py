@@ -35,11 +35,11 @@ def _load(values, sample, stride, inside, WANTED: tl.constexpr):
 
 
 @triton.jit
-def _kept(values, first, step, size, stride, inside, WANTED: tl.constexpr, KEEP: tl.constexpr):
+def _kept(values, first, step, size, stride, at, positions, WANTED: tl.constexpr, KEEP: tl.constexpr):
     """Of all samples of a group, in registers; 0 where it has fewer than KEEP."""
     kept = ()
     for i in tl.static_range(KEEP):
-        kept += (_load(values, first + i * step, stride, inside & (i < size), WANTED),)
+        kept += (_load(values, first + i * step, stride, at < tl.where(i < size, positions, 0), WANTED),)
     return kept
 
 
@@ -82,8 +82,8 @@ def column_kernel(
     grads = grad + of_slice * grad_slice + run * grad_run + lane
     outs = out_values + of_slice * values_slice + run * values_run + lane
     gradients = out_gradient + of_slice * gradient_slice + run * gradient_run + lane
-    kept = _kept(xs, first, step, size, x_sample, inside, True, KEEP)
-    kept_v = _kept(vs, first, step, size, v_sample, inside, TANGENT, KEEP)
+    kept = _kept(xs, first, step, size, x_sample, at, positions, True, KEEP)
+    kept_v = _kept(vs, first, step, size, v_sample, at, positions, TANGENT, KEEP)
     x0 = kept[0].to(ACC) if KEEP else _load(xs, first, x_sample, inside, True).to(ACC)
     v0 = x0
     if TANGENT:
@@ -97,7 +97,7 @@ def column_kernel(
                 mean_v += tl.where(i < size, kept_v[i].to(ACC) - v0, 0)
             if VALUES:
                 passed = kept_v[i] if TANGENT else kept[i]
-                tl.store(outs + (first + i * step) * values_sample, passed, mask=inside & (i < size))
+                tl.store(outs + (first + i * step) * values_sample, passed, mask=at < tl.where(i < size, positions, 0))
         mean = mean / size.to(ACC)
         mean_v = mean_v / size.to(ACC)
         for i in tl.static_range(KEEP):
@@ -130,7 +130,7 @@ def column_kernel(
         slope = statistic * inverse
         if KEEP:
             for i in tl.static_range(KEEP):
-                there, sample = inside & (i < size), first + i * step
+                there, sample = at < tl.where(i < size, positions, 0), first + i * step
                 g = _load(grads, sample, grad_sample, there, not TANGENT)
                 value = _gradient(kept[i], kept_v[i], g, x0, v0, mean, mean_v, weight, slope, TANGENT, ACC)
                 tl.store(gradients + sample * gradient_sample, value, mask=there)
