@@ -27,7 +27,7 @@ CHOICES = ("auto", "python", "cpu", "cuda")
 
 
 def say(text: str) -> None:
-    sys.stderr.write(f"fastgan: {text}\n")  # at once: compilers in threads say something too
+    print(f"fastgan: {text}", file=sys.stderr)
 
 
 def find_nvcc() -> str | None:

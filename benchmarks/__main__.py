@@ -17,7 +17,7 @@ from rich.table import Table
 from fastgan import measure
 
 from . import every_case, read_rows
-from .case import OURS, mode_of
+from .case import OURS, id_of, mode_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,7 +46,7 @@ def measure_all(out: Path, which: str, ops: list[str], seconds: float) -> dict:
     machine = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     order = {case.id: place for place, case in enumerate(every_case())}
     rows = [row for row in read_rows(kept) if row["op"] in ops]
-    rows.sort(key=lambda row: order.get(f"{row['op']}-{row['shape']}-{row['mode']}", len(order)))
+    rows.sort(key=lambda row: order.get(id_of(row), len(order)))
     return {"machine": json.loads(machine.stdout), "cases": rows}
 
 

@@ -55,6 +55,11 @@ class Case:
         return "bwd" if "backward" in self.mode or (self.op == "gradient_penalty" and self.mode != "tangent_combine") else "fwd"
 
 
+def id_of(row: dict) -> str:
+    """The id of the case that a result is of."""
+    return f"{row['op']}-{row['shape']}-{row['mode']}"
+
+
 def mode_of(row: dict) -> str:
     """A result's mode, with the rate it reads memory at where that was measured."""
     if not (rates := row.get("bytes_per_second")):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from . import every_case, read_rows
-from .case import OURS, run
+from .case import OURS, id_of, run
 
 CASES = every_case()
 
@@ -14,7 +14,7 @@ CASES = every_case()
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_speed(benchmark, case, pytestconfig):
     seconds, rows = float(pytestconfig.getoption("--seconds")), pytestconfig.getoption("--rows")
-    if rows and any(case.id == f"{row['op']}-{row['shape']}-{row['mode']}" for row in read_rows(Path(rows))):
+    if rows and case.id in map(id_of, read_rows(Path(rows))):
         pytest.skip("measured already")
     row = run(case, seconds)
     if rows:

@@ -8,6 +8,7 @@ slower against the same baseline by more than the spread, and exits with 1.
 import argparse
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -95,17 +96,11 @@ def select(cases, options, make=None) -> list:
 
     some = [case for case in cases if having(options.op, case.op) and having(options.mode, case.kind)]
     found = []
-    for op in options.op or [None]:
-        for extent in options.size or [None]:
-            for dtype in options.dtype or [None]:
-                there = [
-                    case
-                    for case in some
-                    if (op is None or case.op == op) and _begins(case.shape, extent) and having(dtype, case.dtype)
-                ]
-                if not there and make and op in {case.op for case in cases} and (extent or dtype):
-                    there = [case for case in _made(cases, op, extent, dtype, make) if having(options.mode, case.kind)]
-                found += [case for case in there if case not in found]
+    for op, extent, dtype in itertools.product(*(asked or [None] for asked in (options.op, options.size, options.dtype))):
+        there = [case for case in some if op in (None, case.op) and _begins(case.shape, extent) and dtype in (None, case.dtype)]
+        if not there and make and op in {case.op for case in cases} and (extent or dtype):
+            there = [case for case in _made(cases, op, extent, dtype, make) if having(options.mode, case.kind)]
+        found += [case for case in there if case not in found]
     if not found:
         for option, pick in (("op", "op"), ("mode", "kind"), ("size", "shape"), ("dtype", "dtype")):
             asked, there = getattr(options, option), sorted({getattr(case, pick) for case in cases})
@@ -256,9 +251,11 @@ def compare(before: dict, after: dict) -> tuple[list[list[str]], list[str]]:
 def _results(path: Path) -> dict:
     try:
         found = json.loads(path.read_text())
-        assert all("cases" in result and "machine" in result for result in found.values())
-    except (ValueError, AttributeError, TypeError, AssertionError):
-        raise ValueError(f"{path} holds no results; fastgan bench --json writes them") from None
+        right = all("cases" in result and "machine" in result for result in found.values())
+    except (ValueError, AttributeError, TypeError):
+        right = False
+    if not right:
+        raise ValueError(f"{path} holds no results; fastgan bench --json writes them")
     return found
 
 

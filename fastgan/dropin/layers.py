@@ -12,7 +12,7 @@ from torch import nn
 
 from fastgan.critic.forward import Snapshot
 from fastgan.dropin.report import Skipped
-from fastgan.dropin.served import METHODS, is_served, swap
+from fastgan.dropin.served import METHODS, is_served, obstacle, swap
 from fastgan.functional import minibatch_discrimination, minibatch_stddev
 from fastgan.nn import MinibatchDiscrimination, MinibatchStdDev
 
@@ -79,15 +79,13 @@ def _looks_like(module) -> str | None:
 
 def _recognise(module, kind) -> dict | str:
     """The options that reproduce the layer, or why there are none."""
-    if "forward" in vars(module):
-        return "its forward has been replaced on the instance, by which its class's is passed over"
+    if why := obstacle(module, "forward"):
+        return why
     if next(module.children(), None) is not None:
         return "consists of other modules, whose hooks and weights would be passed over"
     across = [k for k, v in vars(module).items() if v is True and ("sync" in k or "gather" in k)]
     if across:
         return f"{across[0]} is set: it gathers the batch of all ranks; use fastgan.nn with group= in its place"
-    if any(p.is_meta for p in module.parameters()):
-        return "its parameters have no values yet (meta device)"
     tensor = next(module.parameters(), torch.empty(0))
     state = Snapshot(module, tensor.device)
     try:

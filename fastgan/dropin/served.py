@@ -50,6 +50,15 @@ def undo(module: nn.Module) -> None:
     module.__class__ = type(module)._fastgan_base
 
 
+def obstacle(module: nn.Module, method: str) -> str:
+    """Why ``method`` of a layer can't be served, whatever it computes; "" where nothing stands in the way."""
+    if method in vars(module):
+        return f"its {method} has been replaced on the instance, by which its class's is passed over"
+    if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+        return "its parameters have no values yet (meta device)"
+    return ""
+
+
 def swap(name: str, module: nn.Module, kind: str, by: str, options: dict) -> Swap:
     """``name``, ``by``: for the report."""
     base = type(module)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastgan._dtypes import accumulate_dtype
 from fastgan.dropin.layers import agree
 from fastgan.dropin.report import Skipped
-from fastgan.dropin.served import METHODS, is_served, swap
+from fastgan.dropin.served import METHODS, is_served, obstacle, swap
 from fastgan.functional import top_singular_values
 from fastgan.ops.spectral_norm import normalise_one
 
@@ -108,10 +108,8 @@ def _why_not(module, kind) -> str:
     if not kind:
         return "of a form that is not known; a model made with fastgan.spectral_norm loads its checkpoints"
     method, ours = METHODS[kind]
-    if method in vars(module):
-        return f"its {method} has been replaced on the instance, by which its class's is passed over"
-    if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
-        return "its parameters have no values yet (meta device)"
+    if why := obstacle(module, method):
+        return why
     try:
         theirs = getattr(type(module), method)
         same = all(agree(_observe(module, kind, theirs, mode), _observe(module, kind, ours, mode)) for mode in (True, False))
@@ -124,9 +122,10 @@ def _observe(module, kind, method, training: bool) -> tuple:
     """Normalised weight, its gradient and what is stored, after which everything is as it was."""
     wrapper = kind in ("cosgrove", "torchgan")
     holder = module.module if wrapper else module
-    weight = {"torchgan": lambda: module.w_bar, "cosgrove": lambda: getattr(holder, f"{module.name}_bar")}.get(
-        kind, lambda: module.weight
-    )()
+    if kind == "cosgrove":
+        weight = getattr(holder, f"{module.name}_bar")
+    else:
+        weight = module.w_bar if kind == "torchgan" else module.weight
     others = [t for t in (*module.parameters(), *module.buffers()) if t is not weight]
     stored = [(t, t.data, t.detach().clone()) for t in others]
     missing = object()

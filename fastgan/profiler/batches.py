@@ -323,10 +323,11 @@ def _advise(source, found: Sweep, patience: float, progress: bool) -> None:
     """What else could be done, each tried; what can't be tried is said not to be. At the largest plain batch whose step doesn't
     take long: each way is timed between two plain runs, because the machine may have become busier meanwhile."""
     done = [p for p in found.points["plain"] if p["status"] == MEASURED]
-    size = max((p["batch"] for p in done if p["seconds"]["median"] <= ADVICE), default=done[0]["batch"])
+    seconds = {p["batch"]: p["seconds"]["median"] for p in done}
+    size = max((batch for batch, taken in seconds.items() if taken <= ADVICE), default=done[0]["batch"])
     scripted = isinstance(source, Script) and source.batch_arg is not None
     parameters = {} if scripted else inspect.signature(source.make_step() if isinstance(source, Script) else source).parameters
-    slow = next(p["seconds"]["median"] for p in found.points["plain"] if p["batch"] == size) > SLOW
+    slow = seconds[size] > SLOW
     plain = _point(source, size, "plain", found.memory, patience, slow)
     if plain["status"] != MEASURED:
         found.notes.append(f"no advice: batch {size}, tried again: {_said(plain)}")

@@ -76,16 +76,12 @@ class Recipe(Translation):
         adversarial = losses.generator(self.options.loss)(self.critic(fake, inputs), real_scores)
         return {"generator": adversarial, "l1": self.options.l1 * losses.reconstruction(fake, target)}
 
-    @torch.no_grad()
-    def evaluate(self, n=500):
-        """And "told_apart": the share of unseen images that the critic scores above the generator's results. Of a critic that
-        has learned nothing it is one half or less, whatever the L1 loss alone has made of the generator."""
-        found = super().evaluate(n)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            inputs, target = self.pair(self.unseen(n))
-            right = [
-                self.critic(real, given).mean((1, 2, 3)) > self.critic(self.translate(given), given).mean((1, 2, 3))
-                for given, real in zip(inputs.split(64), target.split(64), strict=True)
-            ]
-        return found | {"told_apart": float(torch.cat(right).float().mean())}
+    def judge(self, inputs, target, outputs):
+        """ "told_apart": the share of unseen images that the critic scores above the generator's results. Of a critic that has
+        learned nothing it is one half or less, whatever the L1 loss alone has made of the generator."""
+        parts = zip(inputs.split(64), target.split(64), outputs.split(64), strict=True)
+        right = [
+            self.critic(real, given).mean((1, 2, 3)) > self.critic(result, given).mean((1, 2, 3))
+            for given, real, result in parts
+        ]
+        return {"told_apart": float(torch.cat(right).float().mean())}

@@ -48,8 +48,13 @@ class Translation(Recipe):
             base = self.baseline(inputs)
             found, before = (metrics.paired(images, target, self.perceptual) for images in (outputs, base))
             wrong = (base - target).abs().amax(1, keepdim=True) > WRONG
+            more = self.judge(inputs, target, outputs)
         gains = {f"{name}_gain": value - before[name] for name, value in found.items()}
-        return found | gains | {"detail": float(roughness(outputs, wrong) / roughness(target, wrong))}
+        return found | gains | {"detail": float(roughness(outputs, wrong) / roughness(target, wrong))} | more
+
+    def judge(self, inputs: Tensor, target: Tensor, outputs: Tensor) -> dict[str, float]:
+        """Further metrics of a recipe's own."""
+        return {}
 
     def baseline(self, inputs: Tensor) -> Tensor:
         """What a translation has to be better than."""
