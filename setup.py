@@ -22,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 VERSION = (ROOT / "fastgan" / "_version.py").read_text().split('"')[1]
-TORCH_TARGET = (2, 13)  # the oldest torch the binary runs with
+TORCH_TARGET = (2, 11)  # the oldest torch the binary runs with
 CHOICES = ("auto", "python", "cpu", "cuda")
 
 

@@ -5,7 +5,7 @@ import torch
 import fastgan
 
 from .case import OURS, Case
-from .critic_step import CRITICS, MODES, _eager
+from .critic_step import CRITICS, MODES, _eager, network_of
 
 
 def _case(name: str, batch: int, mode: str, goal: float) -> Case:
@@ -26,6 +26,10 @@ def _case(name: str, batch: int, mode: str, goal: float) -> Case:
         return _eager(critic.double(), tuple(x.double() for x in batches), MODES[mode])()
 
     return Case("accelerate", f"{name}-b{batch}", mode, candidates, truth, {"eager": goal}, tolerance=1e-3)
+
+
+def made(size: str, dtype: torch.dtype) -> list[Case]:
+    return [_case(*network_of(size, dtype), mode, goal) for mode, goal in (("WGAN-GP", 1.15), ("R1+R2", 1.0))]
 
 
 CASES = [

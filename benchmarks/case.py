@@ -1,5 +1,6 @@
 """One benchmark case, and how every case is run: correctness gate, interleaved rounds, memory peaks."""
 
+import contextlib
 import gc
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -95,9 +96,22 @@ def cdist(x: Tensor, y: Tensor, p: float = 2.0) -> Tensor:
     return torch.cdist(x.float(), y.float(), p).to(x.dtype) if narrow else torch.cdist(x, y, p)
 
 
-def check(case: Case, candidates: Mapping[str, Callable]) -> dict[str, float]:
+@contextlib.contextmanager
+def exact():
+    """Without TF32, which convolutions on a GPU otherwise compute in: it would hide what a candidate gets wrong."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+@exact()
+def check(case: Case, candidates: Mapping[str, Callable], making=contextlib.nullcontext) -> dict[str, float]:
     """Relative error of each candidate against float64. No speed-up of something wrong is ever reported."""
-    truth = case.truth()
+    with making():
+        truth = case.truth()
     errors = {}
     for name, run in candidates.items():
         results = run()
@@ -112,17 +126,21 @@ def check(case: Case, candidates: Mapping[str, Callable]) -> dict[str, float]:
     return errors
 
 
-def run(case: Case, seconds: float, only: Collection[str] = ()) -> dict:
-    """Everything measured for a case, as plain data. ``only``: baselines to run; all where there are none of them."""
+def run(case: Case, seconds: float, only: Collection[str] = (), making=contextlib.nullcontext) -> dict:
+    """Everything measured for a case, as plain data. ``only``: baselines to run; all where there are none of them.
+    ``making()``: a context in which tensors and networks are made, elsewhere than on the CPU.
+    """
     torch.manual_seed(0)
     torch.compiler.reset()  # captures of earlier cases
-    candidates = dict(case.candidates())
+    with making():
+        candidates = dict(case.candidates())
     if any(name in only for name in candidates):
         candidates = {name: run for name, run in candidates.items() if name in only or name.startswith(OURS)}
-    errors = check(case, candidates)
+    errors = check(case, candidates, making)
     gc.collect()
     moved = case.moves or case.reads
-    yardstick = {STREAM: measure.copier(case.moves) if case.moves else measure.reader(case.reads)} if moved else {}
+    with making():
+        yardstick = {STREAM: measure.copier(case.moves) if case.moves else measure.reader(case.reads)} if moved else {}
     times = measure.interleaved(candidates | yardstick, seconds=seconds)
     medians = {name: measure.Spread.of(values).to_dict() for name, values in times.items()}
     ours = min((name for name in candidates if name.startswith(OURS)), key=lambda name: medians[name]["median"])

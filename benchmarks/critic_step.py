@@ -14,6 +14,10 @@ CRITICS = {
     "r3gan-like32": (lambda: critics.R3GAN(32), (3, 32, 32)),
     "ctgan-mlp": (lambda: critics.CTGAN(256, 512), (256,)),
     "hifi-1d": (lambda: critics.HiFi(16), (1, 8192)),
+    # as wide as papers have them: for GPUs, --size dcgan128-b64
+    "dcgan128": (lambda: critics.DCGAN(64, 128), (3, 128, 128)),
+    "sngan-wide32": (lambda: critics.SNGAN(128), (3, 32, 32)),
+    "r3gan-wide32": (lambda: critics.R3GAN(128, groups=8), (3, 32, 32)),
 }
 MODES = {
     "R1+R2": {"r1": 1.0, "r2": 1.0, "loss": "relativistic"},
@@ -74,14 +78,19 @@ def _case(name: str, batch: int, mode: str, goal: float, compiled: bool = False)
     return Case("critic_step", f"{name}-b{batch}", mode, candidates, truth, goals, tolerance=1e-3, flops=-1)
 
 
-def made(size: str, dtype: torch.dtype) -> list[Case]:
+def network_of(size: str, dtype: torch.dtype) -> tuple[str, int]:
+    """(name, batch) of a size; ValueError where it is none."""
     form = f"NETWORK-bBATCH, such as dcgan64-b32, with one of {', '.join(CRITICS)}"
     name, _, batch = size.rpartition("-b")
     if name not in CRITICS or not batch.isdecimal() or int(batch) < 1:
         raise ValueError(f"size {size}: expected {form}")
     if dtype != torch.float32:
         raise ValueError(f"dtype {dtype}: whole networks are measured in float32")
-    return [_case(name, int(batch), mode, _GOALS[mode]) for mode in MODES]
+    return name, int(batch)
+
+
+def made(size: str, dtype: torch.dtype) -> list[Case]:
+    return [_case(*network_of(size, dtype), mode, _GOALS[mode]) for mode in MODES]
 
 
 _GOALS = {"R1+R2": 1.6, "R1": 1.35, "WGAN-GP": 1.28}

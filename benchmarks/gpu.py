@@ -1,15 +1,20 @@
 """GPU kernels: what they move and compute, predicted times, and on a machine with a GPU measured ones.
 
-``python -m benchmarks.gpu`` prints the table, ``--write docs/gpu.md`` puts it there. A prediction is max(bytes / bandwidth,
+``python -m benchmarks.gpu`` prints the tables, ``--write docs/gpu.md`` puts them there. A prediction is max(bytes / bandwidth,
 operations / rate) + launches * LAUNCH; nothing in it has been measured. Launches are counted: kernels of fastgan by standing in
-for them, plain PyTorch's by a dispatch mode on tensors without memory. Measured, if there is a GPU: medians by CUDA events with
-L2 flushed before each call, after every result has agreed with float64.
+for them, plain PyTorch's by a dispatch mode on tensors without memory.
+
+``--measure FILE.json`` measures on this machine's GPU, after results have agreed with float64: a step's *kernels*, replayed
+from a CUDA graph with L2 flushed before each (medians by CUDA events), and the step *as called* from Python, back to back.
+Files in benchmarks/results/gpu are shown as tables of their own.
 """
 
 import argparse
 import importlib
+import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,35 +271,135 @@ def predicted(gpu: str, bytes_moved: float, operations: float, launches: int) ->
     return max(bytes_moved / bandwidth, operations / rate) + launches * LAUNCH
 
 
-def check(case: Case) -> None:
-    """fastgan on the GPU against the textbook formula in float64."""
-    inputs = case.inputs("cuda")
-    wide = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
-    for ours, truth in zip(_step(case.fastgan, inputs), _step(case.eager, wide), strict=True):
-        error = ((ours.double() - truth).abs().max() / truth.abs().max()).item()
-        assert error < 1e-4, f"{case.op} {case.shape}: relative error {error:.2g}"
+BACKENDS = ("triton", "cuda")
 
 
-def measured(function: Callable, inputs: list[Tensor], rounds: int = 30) -> float:
-    """Seconds: the median of single steps, L2 flushed before each."""
+def step_of(function: Callable, inputs: list[Tensor]) -> Callable[[], list[Tensor]]:
+    """Forward and, where there is something to differentiate, backward with gradients of 1 that are made beforehand."""
+    leaves = [x for x in inputs if x.requires_grad]
+    outputs = function(*inputs)
+    ones = [torch.ones_like(x) for x in (outputs if isinstance(outputs, (tuple, list)) else [outputs])]
+
+    def run():
+        outputs = function(*inputs)
+        outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+        return outputs + list(torch.autograd.grad(outputs, leaves, ones) if leaves else [])
+
+    return run
+
+
+def error_of(results: list[Tensor], truth: list[Tensor]) -> float:
+    """The largest, relative to a result's largest element."""
+    return max(((ours.double() - x).abs().max() / x.abs().max()).item() for ours, x in zip(results, truth, strict=True))
+
+
+def kernel_seconds(run: Callable, rounds: int = 30) -> float:
+    """Of a step's kernels: the median of replays of a CUDA graph, L2 flushed before each."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()  # noqa: F841  # kept: their memory is the graph's
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
     times = []
-    for _ in range(rounds + 5):
+    for _ in range(rounds + 3):
         flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        _step(function, inputs)
+        graph.replay()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times[5:])
+    return statistics.median(times[3:])
+
+
+def called_seconds(runs: dict[str, Callable], rounds: int = 9, seconds: float = 0.02) -> dict[str, float]:
+    """Of steps as Python calls them, back to back; medians of interleaved rounds."""
+    times = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            run()
+            torch.cuda.synchronize()
+            start, count = time.perf_counter(), 0
+            while time.perf_counter() - start < seconds:
+                run()
+                count += 1
+            torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - start) / count)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def measured(case: Case, compiled: bool) -> dict:
+    """{"kernels": {candidate: seconds}, "called": ..., "error": ..., "failed": {candidate: why}}"""
+    import fastgan
+    from fastgan import backends
+
+    def served(backend):
+        def function(*inputs):
+            return case.fastgan(*inputs)
+
+        run = None
+
+        def switched():
+            nonlocal run
+            with fastgan.use_backend(backend):
+                run = run or step_of(function, inputs)
+                return run()
+
+        return switched
+
+    inputs = case.inputs("cuda")
+    truth = step_of(case.eager, [x.detach().double().requires_grad_(x.requires_grad) for x in inputs])()
+    found = {"kernels": {}, "called": {}, "error": {}, "failed": {}}
+    op = {"spectral_norm": "spectral_norm_multi"}.get(case.op, case.op)
+    makers = {name: lambda name=name: served(name) for name in BACKENDS if backends.problem(name, op, "cuda") is None}
+    makers["eager"] = lambda: step_of(case.eager, inputs)
+    if compiled:
+        makers["compile"] = lambda: step_of(torch.compile(case.eager, dynamic=False), inputs)
+    runs = {}
+    for name, make in makers.items():
+        try:
+            run = make()
+            found["error"][name] = error = error_of(run(), truth)
+            if name in BACKENDS and not error < 1e-4:
+                raise AssertionError(f"relative error {error:.2g}")
+            found["kernels"][name] = kernel_seconds(run)
+            runs[name] = run
+        except Exception as error:  # the others are still worth measuring
+            found["failed"][name] = f"{type(error).__name__}: {error}"[:300]
+    del truth
+    for backend in [name for name in runs if name in BACKENDS]:  # the switch itself is no part of it
+        with fastgan.use_backend(backend):
+            run = step_of(case.fastgan, inputs)
+            found["called"] |= called_seconds({backend: run})
+    found["called"] |= called_seconds({name: run for name, run in runs.items() if name not in BACKENDS})
+    return found
+
+
+def measure_all(compiled: bool) -> dict:
+    import triton
+
+    from fastgan import measure
+
+    size = 1 << 30
+    source, target = torch.ones(2, size // 4, device="cuda")
+    copy = 2 * size / kernel_seconds(lambda: target.copy_(source))
+    rows = []
+    for case in cases():
+        row = {"op": case.op, "shape": case.shape, **measured(case, compiled and case.shape != "BigGAN-128 D")}
+        print(row, file=sys.stderr, flush=True)
+        rows.append(row)
+        torch.cuda.empty_cache()
+    machine = measure.machine() | {"triton": triton.__version__, "copy_bytes_per_second": copy}
+    return {"machine": machine, "cases": rows}
 
 
 def table() -> str:
-    gpu = torch.cuda.is_available()
     columns = [f"{name}, fastgan / eager" for name in GPUS]
-    if gpu:
-        columns.append(f"**measured** on {torch.cuda.get_device_name()}, fastgan / eager")
     head = ["operator", "shape", "MB", "MB, eager", "Mop", "launches", "launches, eager", *columns]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for case in cases():
@@ -307,29 +412,56 @@ def table() -> str:
             ours = predicted(name, total, case.operations, launches)
             eager = predicted(name, eager_bytes, case.operations, eager_launches)
             row.append(f"{ours * 1e6:.0f} / {eager * 1e6:.0f}")
-        if gpu:
-            check(case)
-            inputs = case.inputs("cuda")
-            row.append(" / ".join(f"{measured(f, inputs) * 1e6:.0f}" for f in (case.fastgan, case.eager)))
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
 
-BEGIN, END = "<!-- gpu table -->\n", "<!-- /gpu table -->\n"
+def measured_table(results: dict) -> str:
+    machine, names = results["machine"], [*BACKENDS, "eager", "compile"]
+    head = ["operator", "shape", *(f"{kind}: {name}" for kind in ("kernels", "called") for name in names)]
+    lines = [
+        f"**{machine['gpu']}**, torch {machine['torch']}, Triton {machine['triton']}; a copy of 1 GiB moves "
+        f"{machine['copy_bytes_per_second'] / 1e12:.2f} TB/s.",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + " --- |" * len(head),
+    ]
+    for row in results["cases"]:
+        cells = [f"{row[kind][n] * 1e6:.0f}" if n in row[kind] else "–" for kind in ("kernels", "called") for n in names]
+        lines.append("| " + " | ".join([row["op"], row["shape"], *cells]) + " |")
+    return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+RESULTS = Path(__file__).parent / "results" / "gpu"
+#: marker in a page -> what stands between it and its end
+PARTS = {
+    "gpu table": table,
+    "gpu measured": lambda: "\n".join(measured_table(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))),
+}
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", type=Path, help="a Markdown file with the table's markers in it")
-    path = parser.parse_args().write
-    if not torch.cuda.is_available():
-        print("There is no GPU here: predictions only, in microseconds; nothing was measured.", file=sys.stderr)
-    text = table()
-    print(text)
-    if path:
-        before, _, rest = path.read_text().partition(BEGIN)
-        path.write_text(before + BEGIN + text + END + rest.partition(END)[2])
+    parser.add_argument("--measure", type=Path, metavar="FILE.json", help="measure here and write the results")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile of the formula too: minutes")
+    parser.add_argument("--write", type=Path, metavar="PAGE.md", help="a Markdown file with the tables' markers in it")
+    options = parser.parse_args()
+    if options.measure:
+        if not torch.cuda.is_available():
+            print("benchmarks.gpu: --measure needs a GPU, and this torch sees none", file=sys.stderr)
+            return 2
+        results = measure_all(options.compile)
+        options.measure.write_text(json.dumps(results, indent=1) + "\n")
+        print(measured_table(results))
+        return 1 if any(row["failed"] for row in results["cases"]) else 0
+    for name, text in ((name, make()) for name, make in PARTS.items()):
+        print(text)
+        if options.write:
+            begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+            before, _, rest = options.write.read_text().partition(begin)
+            options.write.write_text(before + begin + text + end + rest.partition(end)[2])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

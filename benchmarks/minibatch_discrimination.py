@@ -94,10 +94,10 @@ def _truth(mode: str, m: Tensor):
 
 
 def _case(shape: tuple[int, int, int], mode: str, goals: dict, dtype=torch.float32) -> Case:
-    m = _features(*shape).to(dtype)
     run = _RUNS[mode]
 
     def candidates():
+        m = _features(*shape).to(dtype)
         functions = {OURS: fastgan.minibatch_discrimination} | baselines(m, mode == "penalty")
         return {name: run(function, m) for name, function in functions.items()}
 
@@ -105,7 +105,7 @@ def _case(shape: tuple[int, int, int], mode: str, goals: dict, dtype=torch.float
     pairs = b * (b - 1) / 2 * k
     # difference, magnitude and sum per coordinate and pair; the derivative takes them again, and a sign and two sums
     flops = {"forward": 3 * d * pairs, "forward+backward": 9 * d * pairs}.get(mode, 0)
-    name, truth = sized(shape, dtype), lambda: _truth(mode, m)
+    name, truth = sized(shape, dtype), lambda: _truth(mode, _features(*shape).to(dtype))
     return Case("minibatch_discrimination", name, mode, candidates, truth, goals, flops=flops, dtype=name_of(dtype))
 
 

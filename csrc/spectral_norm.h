@@ -17,8 +17,7 @@ using Tensors = std::vector<Tensor>;
 Tensor new_sigma(const Tensor& u, int64_t count, bool single);
 
 // All of the lists are as long as weights; sigma is contiguous and holds a number for each. u and v are checked and contiguous, dims
-// not negative. Nobody reads the first results
-// where iteration.write isn't set.
+// not negative. Nobody reads the first results where iteration.write isn't set.
 std::tuple<Tensors, Tensors, Tensors> run_forward(const char* op, const Tensors& weights, const Tensors& u, const Tensors& v,
                                                   const std::vector<int64_t>& dims, Tensor& sigma, const Iteration& iteration, const Target& target);
 // A grad is of its weight's shape and dtype.

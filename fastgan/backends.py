@@ -29,6 +29,7 @@ from fastgan.ops._declare import NAMESPACE, counted
 
 NAMES = ("reference", "cpp", "triton", "cuda")
 DEVICES = ("cpu", "cuda")
+NO_KERNEL = "fastgan._C has no kernel of it"
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 _PACKAGE = Path(__file__).parent
 
@@ -150,7 +151,7 @@ def problem(backend: str, op: str, device: str) -> str | None:
     if (op, _KEYS[device]) not in extension.slots:
         if backend == "cuda" and extension.record.get("cuda") == "none":
             return "fastgan._C was built without CUDA (no nvcc; FASTGAN_BUILD=cuda)"
-        return "fastgan._C has no kernel of it"
+        return NO_KERNEL
     return None
 
 

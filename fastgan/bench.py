@@ -51,7 +51,7 @@ class _On(TorchFunctionMode):
         kwargs = kwargs or {}
         made = func(*args, **kwargs)
         if func in _device_constructors() and kwargs.get("device") is None and isinstance(made, torch.Tensor):
-            return made.to(self.device)
+            return made.detach().to(self.device).requires_grad_(made.requires_grad)
         return made
 
 
@@ -129,18 +129,22 @@ def _made(cases, op: str, size: str | None, dtype: str | None, make) -> list:
 
 def measure_cases(cases, options, run) -> dict:
     """Results as plain data: {"machine", "limits", "cases", "failed"}."""
-    with _On(options.device) if options.device != "cpu" else contextlib.nullcontext():
-        kinds = sorted({case.dtype for case in cases})
+
+    def making():
+        return _On(options.device) if options.device != "cpu" else contextlib.nullcontext()
+
+    kinds = sorted({case.dtype for case in cases})
+    with making():
         peaks = {kind: measure.multiply_add_peak(getattr(torch, kind)) for kind in kinds}
         stream = 256 << 20
         copied = measure.interleaved({"copy": measure.copier(stream)}, seconds=0.5)["copy"]
-        limits = {"flops_per_second": peaks, "bytes_per_second": stream / measure.Spread.of(copied).median}
-        rows, failed = [], []
-        for case in _progress(cases):
-            try:
-                rows.append(run(case, options.seconds, options.baseline or ()))
-            except Exception as error:  # the others are still worth measuring
-                failed.append({"id": case.id, "why": f"{type(error).__name__}: {error}".splitlines()[0]})
+    limits = {"flops_per_second": peaks, "bytes_per_second": stream / measure.Spread.of(copied).median}
+    rows, failed = [], []
+    for case in _progress(cases):
+        try:
+            rows.append(run(case, options.seconds, options.baseline or (), making))
+        except Exception as error:  # the others are still worth measuring
+            failed.append({"id": case.id, "why": f"{type(error).__name__}: {error}".splitlines()[0]})
     return {"machine": measure.machine() | {"device": options.device}, "limits": limits, "cases": rows, "failed": failed}
 
 

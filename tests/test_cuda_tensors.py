@@ -58,7 +58,7 @@ def library(tmp_path_factory):
         "-fPIC",
         "-fvisibility=hidden",
         "-Wl,-Bsymbolic",
-        "-DTORCH_TARGET_VERSION=0x020d000000000000",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
     ]
     paths = [f"-I{ROOT / 'csrc'}", *(f"-I{p}" for p in include_paths()), *(f"-L{p}" for p in library_paths())]
     subprocess.run(["c++", *flags, *sources, *paths, "-ltorch_cpu", "-lc10", "-o", path], check=True)

@@ -92,9 +92,9 @@ inline bool is_dense(const torch::stable::Tensor& x) {
 // small weight.
 inline torch::stable::Tensor new_strided(const torch::stable::Tensor& x, int64_t dims, const int64_t* sizes, const int64_t* strides) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
   return torch::stable::Tensor(made);
 }
 

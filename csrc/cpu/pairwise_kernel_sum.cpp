@@ -259,7 +259,7 @@ struct Matrix {
 template <class T> void product(const Matrix& a, const Matrix& b, const Matrix& out, bool add) {
   constexpr ScalarType dtype = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
   const Tensor left = a.tensor(dtype), right = b.tensor(dtype), result = out.tensor(dtype);
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(), right.get(), add, 1));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(), right.get(), add, 1));
 }
 
 template <class T> using ProductTile = void (*)(const Job<T>&, int64_t, int64_t, int64_t, int64_t, T*, double*, double*, T*, double*, T*);

@@ -20,14 +20,14 @@ inline Dtype dtype_of(ScalarType dtype) {
 
 inline Strip strip(const Rows& rows) { return {rows.data, rows.stride}; }
 
+Stream current_stream(int32_t device);
+
 // The device of a tensor made current, and torch's stream on it.
 struct Device {
   torch::stable::accelerator::DeviceGuard guard;
   Stream stream;
 
-  explicit Device(const Tensor& tensor)
-      : guard(tensor.get_device_index()),
-        stream(static_cast<Stream>(torch::stable::accelerator::getCurrentStream(tensor.get_device_index()).nativeHandle())) {}
+  explicit Device(const Tensor& tensor) : guard(tensor.get_device_index()), stream(current_stream(tensor.get_device_index())) {}
 };
 
 }  // namespace fastgan

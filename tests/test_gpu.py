@@ -1,0 +1,182 @@
+"""What only a GPU shows: streams, CUDA graphs, calls that wait for nothing, several devices, more than 2^31 elements."""
+
+import math
+
+import pytest
+import torch
+from samples import OPERATORS, inputs, map_tensors, tensors_of
+
+import fastgan
+from fastgan import backends
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+BACKENDS = ("triton", "cuda")
+GIB = 1 << 30
+
+
+@pytest.fixture(params=BACKENDS)
+def served(request):
+    """(backend, operator): each that has kernels for GPUs."""
+    return request.param
+
+
+def call(backend: str, op: str, values: tuple):
+    if (problem := backends.problem(backend, op, "cuda")) == backends.NO_KERNEL:
+        pytest.skip(f"{op}: {problem}")
+    before = backends.calls(backend)
+    with fastgan.use_backend(backend):
+        results = tensors_of(getattr(torch.ops.fastgan, op)(*values))
+    assert backends.calls(backend) > before
+    return results
+
+
+def on_gpu(op: str, seed: int = 0) -> tuple:
+    return map_tensors(torch.Tensor.cuda, inputs(op, OPERATORS[op].large, torch.float32, seed))
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_waits_for_nothing(served, op):
+    values = on_gpu(op)
+    call(served, op, values)  # compiles, and sends tables
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        call(served, op, values)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_runs_on_the_current_stream(served, op):
+    """Its inputs are there only once the stream has done what is before it."""
+    values, late = on_gpu(op), map_tensors(lambda x: torch.full_like(x, math.nan), on_gpu(op))
+    expected = call(served, op, values)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call(served, op, values)
+        torch.cuda._sleep(20_000_000)
+        for x, value in zip(tensors_of(late), tensors_of(values), strict=True):
+            x.copy_(value)
+        found = call(served, op, late)
+    torch.cuda.current_stream().wait_stream(stream)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_in_a_cuda_graph(served, op):
+    held, other = on_gpu(op), on_gpu(op, seed=1)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call(served, op, held)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call(served, op, held)
+    expected = call(served, op, other)
+    for _ in range(2):
+        for x, value in zip(tensors_of(held), tensors_of(other), strict=True):
+            x.copy_(value)
+        graph.replay()
+        for a, b in zip(results, expected, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("op", OPERATORS)
+def test_on_a_device_that_is_not_the_current_one(served, op):
+    expected = call(served, op, on_gpu(op))
+    found = call(served, op, map_tensors(lambda x: x.to("cuda:1"), on_gpu(op)))
+    for a, b in zip(found, expected, strict=True):
+        assert b.device.index == 0 and a.device.index == 1 and torch.equal(a.cpu(), b.cpu())
+
+
+def room(gibibytes: float):
+    if torch.cuda.mem_get_info()[0] < gibibytes * GIB:
+        pytest.skip(f"needs {gibibytes} GiB of free memory on the GPU")
+
+
+def test_minibatch_discrimination_of_more_than_2_31_elements(served):
+    room(30)
+    m = torch.randn(3, (1 << 21) + 1, 350, dtype=torch.bfloat16, device="cuda") / 350
+    last = m[:, -2:].clone()
+    (found,) = call(served, "minibatch_discrimination", (m, True))
+    (expected,) = call(served, "minibatch_discrimination", (last, True))
+    assert torch.equal(found[:, -2:], expected)
+    grad = torch.randn_like(found)
+    (found,) = call(served, "minibatch_discrimination_backward", (grad, m))
+    (expected,) = call(served, "minibatch_discrimination_backward", (grad[:, -2:].contiguous(), last))
+    assert torch.equal(found[:, -2:], expected)
+
+
+def test_penalty_of_more_than_2_31_elements(served):
+    room(16)
+    grads = torch.ones(3, (1 << 30) + 9, dtype=torch.bfloat16, device="cuda")
+    grads[2] = 0.5
+    penalty, norms, _, seeds = call(served, "gradient_penalty", (grads, "zero_centered", 1.0, 1.0, False, 2.0))
+    expected = torch.tensor([1.0, 1.0, 0.5], device="cuda") * math.sqrt((1 << 30) + 9)
+    torch.testing.assert_close(norms, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(penalty, expected.square().mean() / 2, rtol=1e-6, atol=0)
+    assert seeds[2, -1] == (0.5 / 3 * torch.ones((), dtype=torch.float64)).bfloat16()
+
+
+def test_tangents_of_more_than_2_31_elements(served):
+    room(24)
+    t = torch.ones(3, (1 << 30) + 9, dtype=torch.bfloat16, device="cuda")
+    a = torch.full_like(t, -2.0)
+    passed, combined = call(served, "tangent_combine", (t, a, torch.tensor([1.0, 2.0, 3.0], device="cuda"), 0.25))
+    assert (passed[:, -9:] == 0.25).all() and (combined[2, -9:] == -5.75).all() and (combined[0, :9] == -1.75).all()
+
+
+def test_spectral_norm_of_more_than_2_31_elements(served):
+    room(24)
+    rows, columns = 46_341, 46_352
+    left, right = torch.rand(rows, device="cuda") + 0.5, torch.rand(columns, device="cuda") + 0.5
+    weight = torch.outer(left.bfloat16(), right.bfloat16())  # of rank one but for rounding
+    u, v = left / left.norm(), right / right.norm()
+    normalised, new_u, new_v, sigma = call(served, "spectral_norm", (weight, u, v, 0, 1, 1e-12, False, 1.0, False))
+    torch.testing.assert_close(sigma, left.norm() * right.norm(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(new_u, u, rtol=0, atol=1e-4)
+    torch.testing.assert_close(new_v, v, rtol=0, atol=1e-4)
+    assert torch.equal(normalised[-1], (weight[-1].float() / sigma).bfloat16())
+    (gradient,) = call(served, "spectral_norm_backward", (weight, weight, new_u, new_v, sigma, 0, 1.0, False))
+    assert (gradient[-1].float() * sigma).abs().max() < 0.05  # along u v^T, of which W is a multiple, there is none
+
+
+def test_stddev_of_more_than_2_31_elements(served):
+    room(24)
+    x = torch.zeros(4, (1 << 15) + 1, 128, 129, dtype=torch.bfloat16, device="cuda")
+    x[::2] = 1.0
+    x[:, -1] *= 3
+    (out,) = call(served, "minibatch_stddev", (x, 1, True, 1, False, 1e-8))
+    assert torch.equal(out[:, -2], x[:, -1])
+    torch.testing.assert_close(out[:, -1].float().mean(), torch.tensor(0.5, device="cuda"), rtol=1e-2, atol=0)
+
+
+def test_pairwise_sums_of_a_million_points(served):
+    """Pairs are 2^40; gradients go by pieces of them."""
+    room(8)
+    points = torch.randn(3000, 4, device="cuda")
+    x = points.repeat(100, 1)
+    (found,) = call(served, "pairwise_kernel_sum", (x, points, x.new_tensor([1.0]), x.new_ones(1), "gaussian", 1.0, 0.0, False))
+    (expected,) = call(
+        served, "pairwise_kernel_sum", (points, points, x.new_tensor([1.0]), x.new_ones(1), "gaussian", 1.0, 0.0, False)
+    )
+    torch.testing.assert_close(found[-3000:], expected)
+
+
+def test_compiled_into_cuda_graphs():
+    """As torch.compile(mode="reduce-overhead") makes them, forward and backward."""
+    m = torch.randn(64, 10, 5, device="cuda", requires_grad=True)
+
+    def loss(m):
+        return fastgan.minibatch_discrimination(m).square().sum()
+
+    compiled = torch.compile(loss, mode="reduce-overhead", fullgraph=True)
+    (expected,) = torch.autograd.grad(loss(m), m)
+    for _ in range(4):
+        (found,) = torch.autograd.grad(compiled(m), m)
+        torch.testing.assert_close(found.clone(), expected)
