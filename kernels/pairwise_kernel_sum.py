@@ -20,6 +20,7 @@ _TILE = {"BLOCK_I": 64, "BLOCK_J": 32}  # 64 x 64 spills registers on AMD and in
 # Positions in KERNELS; the polynomial is the last.
 _LAPLACIAN, _GAUSSIAN, _RATIONAL_QUADRATIC, _ENERGY = (tl.constexpr(k) for k in range(4))
 _WARPS = 4
+_COORDINATES = tl.constexpr(32)  # of a run
 _SIGNS = {"BLOCK_I": 16, "BLOCK_D": 64, "RUN": 16}
 _PROGRAMS = 1024  # about eight for each multiprocessor
 _DEGREES = 16  # largest integer power that is taken as products
@@ -31,17 +32,20 @@ def _similarity(x, y, i, j, n, m, D, P: tl.constexpr, ACC: tl.constexpr):
     """||x_i - y_j||_1, ||x_i - y_j||^2 or x_i . y_j."""
     q = tl.zeros((i.shape[0], j.shape[0]), ACC)
     x, y = x + i, y + j
-    for _ in range(D):
-        own = tl.load(x, mask=i < n, other=0).to(ACC)[:, None]
-        other = tl.load(y, mask=j < m, other=0).to(ACC)[None, :]
-        if P == 0:
-            q += own * other
-        elif P == 1:
-            q += tl.abs(own - other)
-        else:
-            q += (own - other) * (own - other)
-        x += n
-        y += m
+    for start in range(0, D, _COORDINATES):  # sums of few, then of those: fewer roundings at full size
+        run = tl.zeros((i.shape[0], j.shape[0]), ACC)
+        for _ in range(start, tl.minimum(start + _COORDINATES, D)):
+            own = tl.load(x, mask=i < n, other=0).to(ACC)[:, None]
+            other = tl.load(y, mask=j < m, other=0).to(ACC)[None, :]
+            if P == 0:
+                run += own * other
+            elif P == 1:
+                run += tl.abs(own - other)
+            else:
+                run += (own - other) * (own - other)
+            x += n
+            y += m
+        q += run
     return q
 
 
@@ -54,8 +58,8 @@ def _power(t, POWER: tl.constexpr):
 
 
 @triton.jit
-def _mixture(q, bandwidths, weights, options, count, KERNEL: tl.constexpr, POWER: tl.constexpr, SLOPE: tl.constexpr):
-    """sum_b w_b k_b of q, or of the slopes h_b; options: exponent, offset."""
+def _mixture(q, bandwidths, weights, powers, count, KERNEL: tl.constexpr, POWER: tl.constexpr, SLOPE: tl.constexpr):
+    """sum_b w_b k_b of q, or of the slopes h_b; powers: exponent, offset."""
     total = tl.zeros(q.shape, q.dtype)
     for b in range(count):
         s, w = tl.load(bandwidths + b), tl.load(weights + b)
@@ -66,7 +70,7 @@ def _mixture(q, bandwidths, weights, options, count, KERNEL: tl.constexpr, POWER
             k = w * tl.exp(-(q / (2 * s * s)))
             total += -k / (s * s) if SLOPE else k
         elif KERNEL == _RATIONAL_QUADRATIC:
-            a = tl.load(options)
+            a = tl.load(powers)
             t = 1 + q / (2 * a * s * s)
             k = w / _power(t, POWER) if POWER else w * tl.exp(-a * tl.log(t))
             total += -k / (t * s * s) if SLOPE else k
@@ -77,9 +81,9 @@ def _mixture(q, bandwidths, weights, options, count, KERNEL: tl.constexpr, POWER
             else:
                 total += -w / s * root
         else:
-            t = q / s + tl.load(options + 1)
+            t = q / s + tl.load(powers + 1)
             if SLOPE:
-                total += w * tl.load(options) / s * _power(t, POWER - 1)
+                total += w * tl.load(powers) / s * _power(t, POWER - 1)
             else:
                 total += w * _power(t, POWER)
     return total
@@ -87,7 +91,7 @@ def _mixture(q, bandwidths, weights, options, count, KERNEL: tl.constexpr, POWER
 
 @triton.jit
 def forward_kernel(
-    x, y, bandwidths, weights, options, out, n, m, D, count, share,
+    x, y, bandwidths, weights, powers, out, n, m, D, count, share,
     KERNEL: tl.constexpr, POWER: tl.constexpr, P: tl.constexpr, EXCLUDE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +101,7 @@ def forward_kernel(
     total = tl.zeros((BLOCK_I,), ACC)
     for start in range(first, tl.minimum(first + share, m), BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
-        k = _mixture(_similarity(x, y, i, j, n, m, D, P, ACC), bandwidths, weights, options, count, KERNEL, POWER, False)
+        k = _mixture(_similarity(x, y, i, j, n, m, D, P, ACC), bandwidths, weights, powers, count, KERNEL, POWER, False)
         counts = (j < m)[None, :]
         if EXCLUDE:
             counts = counts & (i[:, None] != j[None, :])
@@ -107,14 +111,14 @@ def forward_kernel(
 
 @triton.jit
 def slopes_kernel(
-    x, y, row, column, bandwidths, weights, options, out, start, rows, n, m, D, count, row_stride, column_stride,
+    x, y, row, column, bandwidths, weights, powers, out, start, rows, n, m, D, count, row_stride, column_stride,
     KERNEL: tl.constexpr, POWER: tl.constexpr, P: tl.constexpr, EXCLUDE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """out (rows, m): (row_i + column_j) h_ij of the points x from ``start`` on."""
     local = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     i, j = start + local, tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
-    h = _mixture(_similarity(x, y, i, j, n, m, D, P, ACC), bandwidths, weights, options, count, KERNEL, POWER, True)
+    h = _mixture(_similarity(x, y, i, j, n, m, D, P, ACC), bandwidths, weights, powers, count, KERNEL, POWER, True)
     r = tl.load(row + i.to(tl.int64) * row_stride, mask=i < n, other=0).to(ACC)
     c = tl.load(column + j.to(tl.int64) * column_stride, mask=j < m, other=0).to(ACC)
     h *= r[:, None] + c[None, :]
@@ -197,7 +201,7 @@ def _check(x: Tensor, y: Tensor, *cotangents: tuple[Tensor, Tensor]) -> None:
             )
 
 
-def _options(bandwidths: Tensor, exponent: float, offset: float) -> Tensor:
+def _powers(bandwidths: Tensor, exponent: float, offset: float) -> Tensor:
     """On the device without a copy to it, which a CUDA graph could not hold."""
     return torch.stack([bandwidths.new_full((), value) for value in (exponent, offset)])
 
@@ -212,7 +216,7 @@ def pairwise_kernel_sum(x, y, bandwidths, weights, kernel, exponent, offset, exc
     share = triton.cdiv(blocks_y, programs) * _TILE["BLOCK_J"]
     programs = triton.cdiv(m, share)
     out = x.new_empty(programs, n, dtype=accumulate_dtype(x.dtype))
-    mixture = bandwidths.contiguous(), weights.contiguous(), _options(bandwidths, exponent, offset)
+    mixture = bandwidths.contiguous(), weights.contiguous(), _powers(bandwidths, exponent, offset)
     with torch.cuda.device_of(x):
         forward_kernel[blocks_x, programs](
             x.T.contiguous(), y.T.contiguous(), *mixture, out, n, m, d, bandwidths.shape[0], share,
@@ -263,7 +267,7 @@ def _sweep(
         return of_x.to(dtype or x.dtype), of_y.to(x.dtype)
     points, others = x.to(work).contiguous(), y.to(work).contiguous()
     x, y = x.T.contiguous(), y.T.contiguous()
-    mixture = bandwidths.contiguous(), weights.contiguous(), _options(bandwidths, exponent, offset)
+    mixture = bandwidths.contiguous(), weights.contiguous(), _powers(bandwidths, exponent, offset)
     constants = _constants(kernel, exponent, exclude_diagonal, x.dtype)
     step = min(n, max(_TILE["BLOCK_I"], _CHUNK // m))
     scratch = x.new_empty(step, m, dtype=work)

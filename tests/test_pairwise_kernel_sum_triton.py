@@ -30,7 +30,7 @@ def usage_of(name: str, target: GPUTarget, dtype: str, function: str = "gaussian
     kernel, work = getattr(kernels, name + "_kernel"), "fp64" if dtype == "fp64" else "fp32"
     types = dict.fromkeys(kernel.arg_names, "i32")
     types |= dict.fromkeys(("x", "y", "row", "column"), f"*{dtype}")
-    types |= dict.fromkeys(("bandwidths", "weights", "options", "out", "slopes", "points", "others", "before"), f"*{work}")
+    types |= dict.fromkeys(("bandwidths", "weights", "powers", "out", "slopes", "points", "others", "before"), f"*{work}")
     constants = {
         "KERNEL": list(KERNELS).index(function),
         "POWER": 3 if function == "polynomial" else 0,
