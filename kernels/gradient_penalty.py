@@ -10,7 +10,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgan._dtypes import accumulate_dtype
-from fastgan.kernels.rows import delivered, has_dense_rows, laid_out_as, output_like, pieces_of, place
+from fastgan.kernels.rows import (
+    check_factors,
+    check_rows,
+    delivered,
+    has_dense_rows,
+    laid_out_as,
+    output_like,
+    pieces_of,
+    place,
+)
 from fastgan.ops.gradient_penalty import KINDS
 
 _PIECE = 8192  # elements of a row per program
@@ -92,31 +101,40 @@ def scale_kernel(grads, factors, out, stride, out_stride, length, pieces, PIECE:
 
 
 def gradient_penalty(grads, kind, weight, target, one_sided, power):
+    check_rows("gradient_penalty", "grads", grads, "(N, ...)")
     if kind not in KINDS:
-        raise ValueError(f"gradient_penalty: kind is {kind!r}, expected one of {', '.join(KINDS)}")
+        raise RuntimeError(f"fastgan::gradient_penalty: kind is {kind!r}, expected one of {', '.join(KINDS)}")
     rows = grads if has_dense_rows(grads) else grads.contiguous()
     count, (length, pieces) = grads.shape[0], pieces_of(grads, _PIECE)
     work = accumulate_dtype(grads.dtype)
     sums = grads.new_empty(count * pieces, dtype=torch.float64)
     penalty, norms, factors = (grads.new_empty(size, dtype=work) for size in ((), count, count))
-    if count:
-        square_sums_kernel[(count * pieces,)](
-            rows, sums, rows.stride(0), length, pieces,
-            ACC=tl.float64 if work == torch.float64 else tl.float32, PIECE=_PIECE, BLOCK=_BLOCK,
+    with torch.cuda.device_of(grads):
+        if count:
+            square_sums_kernel[(count * pieces,)](
+                rows, sums, rows.stride(0), length, pieces,
+                ACC=tl.float64 if work == torch.float64 else tl.float32, PIECE=_PIECE, BLOCK=_BLOCK,
+            )  # fmt: skip
+        finish_kernel[(1,)](
+            sums, penalty, norms, factors, count, pieces, float(weight), float(target), float(power),
+            KIND=kind, ONE_SIDED=one_sided, SAMPLES=_SAMPLES,
         )  # fmt: skip
-    finish_kernel[(1,)](
-        sums, penalty, norms, factors, count, pieces, float(weight), float(target), float(power),
-        KIND=kind, ONE_SIDED=one_sided, SAMPLES=_SAMPLES,
-    )  # fmt: skip
-    return penalty, norms, factors, gradient_penalty_backward(grads, factors)
+    return penalty, norms, factors, _scaled(grads, factors)
 
 
 def gradient_penalty_backward(grads: Tensor, factors: Tensor) -> Tensor:
+    check_rows("gradient_penalty_backward", "grads", grads, "(N, ...)")
+    check_factors("gradient_penalty_backward", factors, "grads", grads)
+    return _scaled(grads, factors)
+
+
+def _scaled(grads: Tensor, factors: Tensor) -> Tensor:
     result, out = output_like(grads)
     length, pieces = pieces_of(grads, _PIECE)
     if result.numel():
         source = laid_out_as(grads, out)
-        scale_kernel[(grads.shape[0] * pieces,)](
-            source, factors.contiguous(), out, source.stride(0), out.stride(0), length, pieces, PIECE=_PIECE, BLOCK=_BLOCK
-        )
+        with torch.cuda.device_of(grads):
+            scale_kernel[(grads.shape[0] * pieces,)](
+                source, factors.contiguous(), out, source.stride(0), out.stride(0), length, pieces, PIECE=_PIECE, BLOCK=_BLOCK
+            )
     return delivered(result, out)

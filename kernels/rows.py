@@ -5,11 +5,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgan._dtypes import accumulate_dtype
+
 
 @triton.jit
 def place(pieces):
     """This program's row and piece, 64-bit: they scale every offset."""
     return (tl.program_id(0) // pieces).to(tl.int64), (tl.program_id(0) % pieces).to(tl.int64)
+
+
+def shape_of(x: Tensor) -> str:
+    return f"({', '.join(map(str, x.shape))})"
+
+
+def dtype_of(x: Tensor) -> str:
+    return x.type().rpartition(".")[2].removesuffix("Tensor")
+
+
+def check_rows(op: str, name: str, x: Tensor, form: str) -> None:
+    """Kernels trust this, as the next: what is not so has them read past the end."""
+    if not x.is_floating_point():
+        raise RuntimeError(f"fastgan::{op}: {name} is {dtype_of(x)}, expected a floating-point tensor of 16, 32 or 64 bits")
+    if x.dim() == 0:
+        raise RuntimeError(f"fastgan::{op}: {name} has no dimensions, expected {form}")
+
+
+def check_factors(op: str, factors: Tensor, name: str, x: Tensor, single: bool = False) -> None:
+    """A number for each sample of x, or also one for all, of what x is added up in."""
+    if factors.shape != x.shape[:1] and not (single and factors.dim() == 0):
+        raise RuntimeError(
+            f"fastgan::{op}: factors has shape {shape_of(factors)}, expected {'() or ' * single}one number for each sample of "
+            f"{name}, which has shape {shape_of(x)}"
+        )
+    work = accumulate_dtype(x.dtype)
+    if factors.dtype != work or factors.device != x.device:
+        raise RuntimeError(
+            f"fastgan::{op}: factors is {dtype_of(factors)} on {factors.device}, expected {work} on {x.device}, as {name}"
+        )
 
 
 def has_dense_rows(x: Tensor) -> bool:

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgan._dtypes import accumulate_dtype
-from fastgan.kernels.rows import delivered, laid_out_as, output_like, pieces_of, place
+from fastgan.kernels.rows import check_factors, check_rows, delivered, laid_out_as, output_like, pieces_of, place, shape_of
 
 _PIECE = 4096  # elements of a sample per program
 _BLOCK = 1024
@@ -30,13 +30,21 @@ def combine_kernel(
 
 
 def tangent_combine(t: Tensor, a: Tensor, factors: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    check_rows("tangent_combine", "t", t, "(B, ...)")
+    if a.shape != t.shape or a.dtype != t.dtype or a.device != t.device:
+        raise RuntimeError(
+            f"fastgan::tangent_combine: a has shape {shape_of(a)}, expected one like t, {shape_of(t)}, of its dtype and on its "
+            "device"
+        )
+    check_factors("tangent_combine", factors, "t", t, single=True)
     (passed, first), (combined, second) = output_like(t), output_like(t)
     length, pieces = pieces_of(t, _PIECE)
     if t.numel():
         t, a = laid_out_as(t, first), laid_out_as(a, first)
-        combine_kernel[(t.shape[0] * pieces,)](
-            t, a, factors, first, second, t.stride(0), a.stride(0), factors.stride(0) if factors.dim() else 0, first.stride(0),
-            length, pieces, float(slope), PIECE=_PIECE, BLOCK=_BLOCK,
-            ACC=tl.float64 if accumulate_dtype(t.dtype) == torch.float64 else tl.float32,
-        )  # fmt: skip
+        with torch.cuda.device_of(t):
+            combine_kernel[(t.shape[0] * pieces,)](
+                t, a, factors, first, second, t.stride(0), a.stride(0), factors.stride(0) if factors.dim() else 0,
+                first.stride(0), length, pieces, float(slope), PIECE=_PIECE, BLOCK=_BLOCK,
+                ACC=tl.float64 if accumulate_dtype(t.dtype) == torch.float64 else tl.float32,
+            )  # fmt: skip
     return delivered(passed, first), delivered(combined, second)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,22 +196,28 @@ def test_layouts(layout):
 
 
 ERRORS = {
-    "kind is 'l1', expected one of": lambda g, f: op.forward(g, "l1", 1.0, 1.0, False, 2.0),
-    "factors has shape (2)": lambda g, f: op.backward(g, f[:2]),
-    "factors is Double": lambda g, f: op.backward(g, f.double()),
-    "grads is Int": lambda g, f: op.backward(g.int(), f),
-    "grads has no dimensions": lambda g, f: op.forward(g[0, 0], "max", 1.0, 1.0, False, 2.0),
-    "a has shape (3, 2)": lambda g, f: tangent_combine.forward(g, g[:, :2], f, 0.0),
-    "a has shape (3, 4), expected one like t, (3, 4), of its dtype": lambda g, f: tangent_combine.forward(
-        g, g.double(), f, 0.0
-    ),
-    "factors has shape (3, 1)": lambda g, f: tangent_combine.forward(g, g, f[:, None], 0.0),
+    "kind is 'l1', expected one of": lambda op, g, f: op.gradient_penalty(g, "l1", 1.0, 1.0, False, 2.0),
+    "factors has shape (2)": lambda op, g, f: op.gradient_penalty_backward(g, f[:2]),
+    "factors is Double": lambda op, g, f: op.gradient_penalty_backward(g, f.double()),
+    "grads is Int": lambda op, g, f: op.gradient_penalty_backward(g.int(), f),
+    "grads has no dimensions": lambda op, g, f: op.gradient_penalty(g[0, 0], "max", 1.0, 1.0, False, 2.0),
+    "a has shape (3, 2)": lambda op, g, f: op.tangent_combine(g, g[:, :2], f, 0.0),
+    "a has shape (3, 4), expected one like t, (3, 4), of its dtype": lambda op, g, f: op.tangent_combine(g, g.double(), f, 0.0),
+    "factors has shape (3, 1)": lambda op, g, f: op.tangent_combine(g, g, f[:, None], 0.0),
 }
 
 
-@native
+@pytest.mark.parametrize("served", ["native", "triton"])
 @pytest.mark.parametrize("message", ERRORS)
-def test_errors_say_what_came_and_what_is_expected(message):
+def test_errors_say_what_came_and_what_is_expected(message, served):
+    if served == "native" and not extension.loaded:
+        pytest.skip("fastgan._C is not built")
+    ops = torch.ops.fastgan
+    if served == "triton":  # found before anything is launched
+        pytest.importorskip("triton")
+        from fastgan.kernels import gradient_penalty, tangent_combine
+
+        ops = SimpleNamespace(**vars(gradient_penalty) | vars(tangent_combine))
     with pytest.raises(RuntimeError) as error:
-        ERRORS[message](torch.randn(3, 4), torch.randn(3))
+        ERRORS[message](ops, torch.randn(3, 4), torch.randn(3))
     assert message in str(error.value)
