@@ -30,6 +30,7 @@ from fastgan._dtypes import accumulate_dtype
 _WIDTHS = (128, 512, 1024, 2048, 8192, 16384)  # sizes of the full dimension that a tile is compiled for
 _TILE = 8192  # elements of a tile, half of it in double; twice of it for the longest rows
 _OWN_ROWS, _OWN_COLUMNS = 32, 128  # own indices of a program, at least: a piece costs 2 / own of the tile's traffic
+_BUSY, _FEWEST = 264, 8  # programs that keep a large GPU busy: where there are fewer, so few own indices will do
 _LONG, _LONG_OWN = 512, 16  # full and own indices at a time where registers don't hold all: such weights are read twice
 _REDUCED = 128  # full indices of a program that adds pieces up
 _STREAMED, _BLOCK = 4096, 1024  # elements of a program that goes through memory, and at a time
@@ -422,6 +423,18 @@ def tile_shape(wide: int, v_first: bool, plain: bool, double: bool) -> tuple[int
     return 0, _LONG_OWN, _LONG_OWN
 
 
+def spread(tiles: list[tuple[int, int, int]], own: list[int]) -> list[tuple[int, int, int]]:
+    """Fewer own indices to a program, where all layers together make too few of them; first where a program reads most."""
+    while sum(triton.cdiv(n, tile[2]) for n, tile in zip(own, tiles, strict=True)) < _BUSY:
+        reads = {t: max(min(n, t[2]) for n, tile in zip(own, tiles, strict=True) if tile == t) * t[0] for t in set(tiles)}
+        some = [t for t in reads if t[0] and t[2] >= 2 * max(_FEWEST, t[1])]
+        if not some:
+            break
+        most = max(some, key=lambda t: (reads[t], t))
+        tiles = [(t[0], t[1], t[2] // 2) if t == most else t for t in tiles]
+    return tiles
+
+
 @dataclass(frozen=True)
 class Plan:
     """Tables and sizes of scratch memory for a list of shapes (rows, columns, run)."""
@@ -439,7 +452,7 @@ class Plan:
 def forward_plan(shapes: tuple[tuple[int, int, int], ...], v_first: bool, double: bool) -> Plan:
     own = [columns if v_first else rows for rows, columns, _ in shapes]
     wide = [rows if v_first else columns for rows, columns, _ in shapes]
-    tiles = [tile_shape(n, v_first, plain(shapes), double) for n in wide]
+    tiles = spread([tile_shape(n, v_first, plain(shapes), double) for n in wide], own)
     blocks = [triton.cdiv(n, tile[2]) for n, tile in zip(own, tiles, strict=True)]
     layers, first, piece, y, x, reduced = [], 0, 0, 0, 0, 0
     for i, shape in enumerate(shapes):

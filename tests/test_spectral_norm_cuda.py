@@ -61,6 +61,11 @@ using namespace fastgan::spectral_norm;
 extern "C" {
 int64_t bytes() { return sizeof(Layers); }
 int64_t tiles(Layer* layer, bool v_first, int64_t size, int64_t limit) { return choose_tiles(*layer, v_first, size, limit); }
+void spread_out(Layers* layers, bool v_first) {
+  std::vector<Layer> all(layers->layer, layers->layer + layers->count);
+  spread(all, v_first);
+  std::copy(all.begin(), all.end(), layers->layer);
+}
 int64_t scratch(Layer* layer, bool v_first, bool in_double) {
   return in_double ? Scratch<double>::bytes(*layer, v_first) : Scratch<float>::bytes(*layer, v_first);
 }
@@ -93,10 +98,11 @@ def matrix(weight: torch.Tensor, dim: int) -> dict[str, int]:
 
 
 class Kernels:
-    """Launches as launch_forward and launch_backward in csrc/cuda/spectral_norm.cu make them."""
+    """Launches as launch_forward and launch_backward in csrc/cuda/spectral_norm.cu make them. ``spread``: tiles are, as in a
+    launch that doesn't fill the GPU; without it, blocks are as in one that does."""
 
-    def __init__(self, tables, loaded, limit: int = LIMIT):
-        self.tables, self.loaded, self.launches, self.limit = tables, loaded, [], limit
+    def __init__(self, tables, loaded, limit: int = LIMIT, spread: bool = True):
+        self.tables, self.loaded, self.launches, self.limit, self.spread = tables, loaded, [], limit, spread
 
     def layers(self, columns: dict[str, list], dims, scratch: list[torch.Tensor], memory: Memory, v_first: bool, size: int):
         layers, shared = Layers(count=len(dims)), 0
@@ -109,6 +115,8 @@ class Kernels:
             shared = max(shared, self.tables.tiles(ctypes.byref(layer), v_first, size, self.limit))
             if scratch:
                 layer.scratch = memory.address(scratch[i])
+        if self.spread:
+            self.tables.spread_out(ctypes.byref(layers), v_first)
         return layers, shared
 
     def launch(self, kernel: int, dtype, tensors, outputs, layers, shared: int, *arguments, v_first=False, write=False):
@@ -228,9 +236,21 @@ def test_emulated_backward(family, dtype, kernels):
     assert len(kernels.launches) == 2
 
 
+def test_small_launches_are_spread_over_the_gpu(tables):
+    """DCGAN-128's discriminator: its largest weight, read by 32 blocks, kept 100 multiprocessors waiting."""
+    shapes = [(64, 48), (128, 1024), (256, 2048), (512, 4096), (1024, 8192), (1, 16384)]
+    weights = [torch.empty(shape) for shape in shapes]
+    for spread in (False, True):
+        made, _ = Kernels(tables, None, spread=spread).layers({"weight": weights}, [0] * 6, [], Memory(weights), False, 4)
+        blocks = [tables.blocks(ctypes.byref(made.layer[i]), 0, False, True, 4) for i in range(6)]
+        assert (sum(blocks) >= 264, blocks[4] >= 128) == (spread, spread)
+
+
+@pytest.mark.parametrize("spread", [False, True], ids=["full", "spread"])
 @pytest.mark.parametrize("v_first", [False, True], ids=["u first", "v first"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_counted_traffic(dtype, v_first, kernels, record_property):
+def test_counted_traffic(dtype, v_first, spread, kernels, record_property):
+    kernels.spread = spread
     shapes = [(64, 64, 3, 3, 0), (128, 128, 3, 3, 0)]
     weights, u, v, dims = samples(shapes, dtype)
     _, _, _, sigma = kernels.forward(weights, u, v, dims, 1, 1e-12, v_first, 1.0, False)
@@ -239,17 +259,22 @@ def test_counted_traffic(dtype, v_first, kernels, record_property):
     kernels.backward(samples(shapes, dtype, seed=1)[0], weights, u, v, sigma, dims, 1.0, False)
     of_weights, of_vectors = (sum(x.nbytes for x in xs) for xs in (weights, u + v))
     # forward: W for the iteration, W and the result; both vectors before and after. backward: G and W, G and the result.
-    for launches, least in ((forward, 3 * of_weights + 2 * of_vectors), (kernels.launches, 4 * of_weights + of_vectors)):
+    # Pieces of what is spread are written and read once more, which L2 serves.
+    for launches, least, most in (
+        (forward, 3 * of_weights + 2 * of_vectors, (1.2, 1.3) if spread else (1.05, 1.15)),
+        (kernels.launches, 4 * of_weights + of_vectors, (1.05, 1.15)),
+    ):
         traffic = Traffic.of(launches)
         record_property("traffic", (traffic.distinct / least, traffic.sectors / least))
-        assert traffic.distinct <= 1.05 * least
-        assert traffic.sectors <= 1.15 * least
+        assert traffic.distinct <= most[0] * least
+        assert traffic.sectors <= most[1] * least
         assert traffic.conflicts <= 1.05
 
 
 # Instructions of PTX per element of the weight; of `products`, the most of which are no arithmetic, and of the others together.
 @pytest.mark.parametrize(("v_first", "most"), [(False, 28), (True, 31)], ids=["u first", "v first"])
 def test_counted_instructions(v_first, most, kernels, record_property):
+    kernels.spread = False
     weights, u, v, dims = samples([(256, 576, 0)])
     kernels.forward(weights, u, v, dims, 1, 1e-12, v_first, 1.0, False)
     products, *others = (sum(launch.stats.warp_instr.values()) * 32 / weights[0].numel() for launch in kernels.launches)

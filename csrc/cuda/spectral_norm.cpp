@@ -79,10 +79,13 @@ std::tuple<Tensors, Tensors, Tensors> run_forward(const char* op, const Tensors&
   for (size_t i = 0; i < weights.size(); ++i) {
     each.emplace_back(weights[i], dims[i], iteration.write);
     layers.push_back(each[i].layer(op, dims[i]));
-    const int64_t size = weights[i].element_size();
-    choose_tiles(layers[i], iteration.v_first, size, limit);
+    choose_tiles(layers[i], iteration.v_first, weights[i].element_size(), limit);
+  }
+  spread(layers, iteration.v_first);
+  for (size_t i = 0; i < weights.size(); ++i) {
     places.push_back(room);
-    room += size == 8 ? Scratch<double>::bytes(layers[i], iteration.v_first) : Scratch<float>::bytes(layers[i], iteration.v_first);
+    room += weights[i].element_size() == 8 ? Scratch<double>::bytes(layers[i], iteration.v_first)
+                                           : Scratch<float>::bytes(layers[i], iteration.v_first);
   }
   Tensor scratch = torch::stable::new_empty(weights[0], {room}, ScalarType::Byte);
   Tensors results, new_us, new_vs;

@@ -122,6 +122,28 @@ inline int64_t choose_tiles(Layer& layer, bool v_first, int64_t size, int64_t li
   return shared_bytes(own, chunk, v_first, size, accumulated);
 }
 
+constexpr int64_t kBusy = 264;  // blocks with a tile each that keep a large GPU busy: two on each of 132 multiprocessors
+
+// Fewer tiles to a block where all layers of a launch together have too few blocks, those with the largest first. A piece is then
+// written for each, by way of L2, and DRAM is read by all multiprocessors.
+inline void spread(std::vector<Layer>& layers, bool v_first) {
+  const auto blocks = [&] {
+    int64_t sum = 0;
+    for (const Layer& layer : layers) sum += layer.product_blocks(v_first);
+    return sum;
+  };
+  while (blocks() < kBusy) {
+    Layer* most = nullptr;
+    const auto elements = [&](const Layer& layer) {
+      return std::min<int64_t>(int64_t(layer.tiles) * layer.own, layer.own_count(v_first)) * layer.full_count(v_first);
+    };
+    for (Layer& layer : layers)
+      if (layer.tiles > 1 && (!most || elements(layer) > elements(*most))) most = &layer;
+    if (!most) break;
+    most->tiles = (most->tiles + 1) / 2;
+  }
+}
+
 int64_t shared_limit(int device);  // bytes, of a block's tile and what goes with it
 void launch_forward(const char* op, Dtype dtype, const std::vector<Layer>& layers, const Iteration& iteration, const Target& target, Stream stream);
 void launch_backward(const char* op, Dtype dtype, const std::vector<Layer>& layers, const Target& target, Stream stream);
