@@ -639,6 +639,19 @@ def test_a_scaler_that_is_too_large_finds_inf_and_backs_off(scale):
         assert all(torch.equal(a, b) for a, b in zip(before, critic.parameters(), strict=True)) == (init == scale)
 
 
+@pytest.mark.parametrize("case", [R12, GP], ids=["r1+r2", "gp"])
+def test_fakes_of_fewer_bits_as_autocast_makes_them(case):
+    real, fake = [t.float() for t in batch("dcgan")]
+    found = []
+    for narrow in (fake.bfloat16(), fake.bfloat16().float()):
+        torch.manual_seed(0)
+        critic = critics.DCGAN(4, 16)
+        with torch.autocast("cpu", torch.bfloat16):
+            fastgan.critic_step(critic, real, narrow, alpha=0.25, **case).loss.backward()
+        found.append(reference.grads(critic))
+    assert reference.error(*found) <= 0.02
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(reentrant):
     class Checkpointed(nn.Module):

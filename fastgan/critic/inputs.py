@@ -47,6 +47,9 @@ def interpolate(real, fake, *, alpha=None, generator=None, pac=1):
     ``pac``: rows which share one alpha. Raises ValueError for other shapes.
     """
     check_pair(real, fake)
+    if real.dtype != fake.dtype:  # under autocast generators return 16 bits
+        dtype = torch.promote_types(real.dtype, fake.dtype)
+        real, fake = real.to(dtype), fake.to(dtype)
     b = real.shape[0]
     ones = (1,) * (real.dim() - 1)
     if alpha is None:

@@ -507,7 +507,10 @@ class BatchNormEval(Product):
         return v.view([1, -1] + [1] * (len(_out_shape(node)) - 2))
 
     def _r(self, node):
-        return (node._saved_running_var + node._saved_eps).rsqrt()
+        eps = (
+            node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
+        )  # cuDNN's and MIOpen's nodes say the latter
+        return (node._saved_running_var + eps).rsqrt()
 
     def tangent(self, node, ins, tangents, reuse):
         r = self._r(node)
@@ -554,7 +557,7 @@ _RULES.update(
         "Mul": Mul("Mul"),
         "Div": Div("Div"),
         "PreluKernel": Prelu("PreluKernel"),
-        "NativeBatchNorm": BatchNormEval("NativeBatchNorm"),
+        **{op: BatchNormEval(op) for op in ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")},
         "GridSampler2D": GridSampler("GridSampler2D"),
         "GridSampler3D": GridSampler("GridSampler3D"),
     }

@@ -75,7 +75,7 @@ class Mapping(nn.Module):
         for layer in self.layers:
             style = activation(layer(style))
         if self.training:
-            self.mean.lerp_(style.detach().mean(0), 0.01)
+            self.mean.lerp_(style.detach().mean(0).to(self.mean.dtype), 0.01)
         return style
 
 
