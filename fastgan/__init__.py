@@ -13,6 +13,7 @@ from fastgan import penalties as penalties
 from fastgan._version import __version__ as __version__
 from fastgan.backends import use_backend as use_backend
 from fastgan.critic import CriticStep as CriticStep
+from fastgan.critic import GraphedCriticStep as GraphedCriticStep
 from fastgan.dropin import accelerate as accelerate
 from fastgan.dropin import audit as audit
 from fastgan.dropin import restore as restore

@@ -1,13 +1,16 @@
 """What only a GPU shows: streams, CUDA graphs, calls that wait for nothing, several devices, more than 2^31 elements."""
 
+import gc
 import math
 
+import critics
 import pytest
+import reference
 import torch
 from samples import OPERATORS, inputs, map_tensors, tensors_of
 
 import fastgan
-from fastgan import backends
+from fastgan import backends, losses, recipes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -180,3 +183,212 @@ def test_compiled_into_cuda_graphs():
     for _ in range(4):
         (found,) = torch.autograd.grad(compiled(m), m)
         torch.testing.assert_close(found.clone(), expected)
+
+
+# Whole steps
+
+
+CASES = {
+    "r1+r2": {"r1": 1.0, "r2": 1.0, "loss": "relativistic"},
+    "gp": {"gradient_penalty": 10.0, "loss": "wasserstein"},
+}
+
+
+def critic_and_batches(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    critic = critics.SNGAN(8).to("cuda", dtype)
+    real, fake = torch.randn(2, 4, 3, 16, 16, dtype=dtype)
+    return critic, real.cuda(), fake.cuda(), torch.rand(4, 1, 1, 1, dtype=dtype).cuda()
+
+
+def gradient_of(critic):
+    return torch.cat([p.grad.flatten() for p in critic.parameters() if p.grad is not None])
+
+
+def textbook(critic, real, fake, alpha, case):
+    weights = (case.get("gradient_penalty", 0.0), case.get("r1", 0.0), case.get("r2", 0.0))
+    return reference.step(critic, real, fake, losses.get(case["loss"]), *weights, alpha)[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_critic_step_under_autocast_and_a_scaler(case, dtype):
+    """As close to float64 as the textbook's step under the same autocast."""
+    errors, truth = [], None
+    for kind in ("truth", "ours", "textbook"):
+        critic, *batches = critic_and_batches(torch.float64 if kind == "truth" else torch.float32)
+        scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10, enabled=dtype == torch.float16)
+        with torch.autocast("cuda", dtype, enabled=kind != "truth"):
+            if kind == "ours":
+                real, fake, alpha = batches
+                loss = fastgan.critic_step(critic, real, fake, alpha=alpha, grad_scaler=scaler, **CASES[case]).loss
+            else:
+                loss = textbook(critic, *batches, CASES[case])
+        (loss if kind == "truth" else scaler.scale(loss)).backward()
+        if kind == "truth":
+            truth = gradient_of(critic)
+            continue
+        gradient = gradient_of(critic) / scaler.get_scale()
+        errors.append(((gradient.double() - truth).norm() / truth.norm()).item())
+    assert errors[0] <= 2 * errors[1] + 1e-3, errors
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_critic_step_in_a_cuda_graph(case):
+    critic, real, fake, alpha = critic_and_batches()
+
+    def step():
+        result = fastgan.critic_step(critic, real, fake, alpha=alpha, **CASES[case])
+        result.loss.backward()
+        return result
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            critic.zero_grad(set_to_none=True)
+            assert step().method == "fused"
+    torch.cuda.current_stream().wait_stream(stream)
+    critic.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    for seed in (1, 2):
+        _, *batches = critic_and_batches(seed=seed)
+        for held, new in zip((real, fake, alpha), batches, strict=True):
+            held.copy_(new)
+        for p in critic.parameters():
+            p.grad.zero_()
+        graph.replay()
+        found = gradient_of(critic).clone(), result.loss.clone()
+        other, *_ = critic_and_batches()
+        loss = textbook(other, *batches, CASES[case])
+        loss.backward()
+        torch.testing.assert_close(found[1], loss.detach(), rtol=1e-4, atol=1e-5)
+        expected = gradient_of(other)
+        assert (found[0] - expected).norm() <= 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("norm", ["none", "spectral", "batch"])
+@pytest.mark.parametrize("case", CASES)
+def test_graphed_critic_step_trains_as_the_critic_step_does(case, norm):
+    """Over a few updates: parameters, buffers and what is returned; of two sizes of batches, and over zero_grad()."""
+    found = []
+    for graphed in (True, False):
+        torch.manual_seed(0)
+        wrap = {"spectral": fastgan.spectral_norm}.get(norm, lambda m: m)
+        critic = critics.SNGAN(8, norm=wrap)
+        if norm == "batch":
+            critic = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3), critic)
+        critic = critic.to("cuda", torch.float64)
+        optimizer = torch.optim.SGD(critic.parameters(), 1e-3)
+        step = fastgan.GraphedCriticStep(critic, **CASES[case])
+        returned = []
+        for i, size in enumerate((4, 4, 3, 4)):
+            torch.manual_seed(i)
+            real, fake = torch.randn(2, size, 3, 16, 16, dtype=torch.float64).cuda()
+            given = {"alpha": torch.rand(size, 1, 1, 1, dtype=torch.float64).cuda()} if case == "gp" else {}
+            optimizer.zero_grad(set_to_none=i % 2 == 0)
+            if graphed:
+                result = step(real, fake, **given)
+            else:
+                result = fastgan.critic_step(critic, real, fake, **given, **CASES[case])
+                result.loss.backward()
+            optimizer.step()
+            returned += [result.loss.detach(), result.real_scores, *result.grad_norms.values()]
+        found.append((critic.state_dict(), returned))
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10)
+
+
+def test_graphed_critic_step_draws_anew_and_says_what_it_cannot_hold():
+    critic, real, fake, _ = critic_and_batches()
+    step = fastgan.GraphedCriticStep(critic, **CASES["gp"])
+    norms = [step(real, fake).grad_norms["gp"] for _ in range(3)]
+    assert not torch.equal(norms[0], norms[1]) and not torch.equal(norms[1], norms[2])  # other interpolates
+
+    class Reading(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = critic
+
+        def forward(self, x):
+            return self.inner(x) * float(x.mean() < 100)
+
+    critic.zero_grad()
+    with pytest.raises(RuntimeError, match=r"can't be captured in a CUDA graph.*Use critic_step"):
+        fastgan.GraphedCriticStep(Reading(), **CASES["r1+r2"])(real, fake)
+    assert all(p.grad is None for p in critic.parameters())
+    fastgan.critic_step(Reading(), real, fake, **CASES["r1+r2"]).loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_graphed_critic_step_under_autocast(dtype):
+    found = []
+    for graphed in (True, False):
+        critic, real, fake, alpha = critic_and_batches()
+        with torch.autocast("cuda", dtype):
+            if graphed:
+                step = fastgan.GraphedCriticStep(critic, **CASES["gp"])
+                for _ in range(2):  # weights of the second are not those of the first
+                    step(real, fake, alpha=alpha)
+                    with torch.no_grad():
+                        for p in critic.parameters():
+                            p -= 1e-3 * p.grad
+                step(real, fake, alpha=alpha)
+            else:
+                for i in range(3):
+                    critic.zero_grad()
+                    fastgan.critic_step(critic, real, fake, alpha=alpha, **CASES["gp"]).loss.backward()
+                    with torch.no_grad():
+                        for p in critic.parameters():
+                            p -= (i < 2) * 1e-3 * p.grad
+        found.append(gradient_of(critic))
+    assert (found[0] - found[1]).norm() <= 0.02 * found[1].norm()
+
+
+def test_memory_does_not_grow_over_steps():
+    """Of a critic step and of a penalty that a user wrote, after accelerate; with the cycles' collector off."""
+    for kind in ("step", "accelerate"):
+        critic, real, fake, alpha = critic_and_batches()
+        if kind == "accelerate":
+            fastgan.accelerate(critic)
+
+        def step():
+            if kind == "step":  # noqa: B023
+                fastgan.critic_step(critic, real, fake, alpha=alpha, **CASES["gp"]).loss.backward()  # noqa: B023
+            else:
+                textbook(critic, real, fake, alpha, CASES["gp"]).backward()  # noqa: B023
+            critic.zero_grad(set_to_none=True)  # noqa: B023
+
+        for _ in range(25):
+            step()
+        gc.collect()
+        gc.disable()
+        try:
+            step()
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            for _ in range(20):
+                step()
+            torch.cuda.synchronize()
+            assert torch.cuda.memory_allocated() <= before
+        finally:
+            gc.enable()
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "amp"])
+@pytest.mark.parametrize("name", recipes.names())
+def test_recipes_train(name, amp):
+    pytest.importorskip("torchmetrics")
+    from fastgan.training import data
+    from fastgan.training.trainer import Trainer
+
+    kind = recipes.get(name)
+    trained = Trainer(kind, kind.Options(), data.load(kind.data, kind.size), batch_size=16, steps=4, device="cuda", amp=amp)
+    before = {key: value.clone() for module in trained.raw.values() for key, value in module.named_parameters()}
+    for _ in range(4):
+        trained.step()
+    after = {key: value for module in trained.raw.values() for key, value in module.named_parameters()}
+    assert all(value.isfinite().all() for value in after.values())
+    assert amp or any(not torch.equal(before[key], after[key]) for key in before)  # a scaler may skip all four
+    assert all(value.isfinite() or amp for value in trained.losses.values()), trained.losses
