@@ -6,10 +6,13 @@ A backend fills dispatcher slots of the operators in ``fastgan.ops``:
 reference  any      plain torch, always there
 cpp        CPU      ``fastgan._C`` (csrc/cpu), the default on CPU where it was built
 triton     CUDA     ``fastgan.kernels``, the default on GPUs; on CPU under TRITON_INTERPRET=1
-cuda       CUDA     ``fastgan._C`` built with nvcc (csrc/cuda)
+cuda       CUDA     ``fastgan._C`` built with nvcc (csrc/cuda): before Triton where it has been
+                    compiled for the GPUs at hand, being called costs it a third of the time
 =========  =======  =====================================================================
 """
 
+import ctypes
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -34,6 +37,37 @@ _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 _PACKAGE = Path(__file__).parent
 
 
+def _capabilities() -> list[tuple[int, int]]:
+    """Of the GPUs at hand, from the driver: asking CUDA would start it in this process, after which it can't be forked."""
+    if not torch.version.cuda:
+        return []
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return []
+    found, count, major, minor, device = [], *(ctypes.c_uint() for _ in range(3)), ctypes.c_void_p()
+    if nvml.nvmlInit_v2():
+        return []
+    if not nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+        for i in range(count.value):
+            if nvml.nvmlDeviceGetHandleByIndex_v2(i, ctypes.byref(device)) or nvml.nvmlDeviceGetCudaComputeCapability(
+                device, ctypes.byref(major), ctypes.byref(minor)
+            ):
+                return []
+            found.append((major.value, minor.value))
+    nvml.nvmlShutdown()
+    return found
+
+
+def runs_on(archs: str, capabilities: list[tuple[int, int]]) -> bool:
+    """Does a binary built for ``archs``, such as "80+90" and PTX of the last, run on each of these GPUs, of which there are?"""
+    built = [divmod(int(arch), 10) for arch in archs.split("+") if arch.isdecimal()]
+    return bool(built and capabilities) and all(
+        (major, minor) >= built[-1] or any(major == of and minor >= at_least for of, at_least in built)
+        for major, minor in capabilities
+    )
+
+
 @dataclass
 class Extension:
     """The state of ``fastgan._C``: its build record, and the reason where it is not used."""
@@ -42,6 +76,7 @@ class Extension:
     record: dict[str, str] = field(default_factory=dict)
     problem: str | None = None
     slots: frozenset[tuple[str, str]] = frozenset()  # (operator, dispatch key) that it fills
+    gpus: bool = False  # has it been compiled for those at hand?
 
     @property
     def loaded(self) -> bool:
@@ -102,6 +137,7 @@ def _load_extension() -> Extension:
             extension.slots = frozenset(
                 (op, key) for op in references for key in _KEYS.values() if has(f"{NAMESPACE}::{op}", key)
             )
+            extension.gpus = runs_on(extension.record.get("cuda", "none"), _capabilities())
     elif extension.path is not None:  # an absent binary is a choice, a wrong one is a mistake
         warnings.warn(f"fastgan: {extension.problem}. Until then the reference kernels serve.", stacklevel=3)
     return extension
@@ -128,10 +164,11 @@ def _stem(op: str) -> str:
 
 
 def _triton_kernel(op: str) -> Callable:
-    def kernel(*inputs):
-        return getattr(importlib.import_module(f"fastgan.kernels.{_stem(op)}"), op)(*inputs)
+    @functools.cache
+    def imported():  # when it is first called: Triton takes a while
+        return getattr(importlib.import_module(f"fastgan.kernels.{_stem(op)}"), op)
 
-    return counted("triton", op, kernel)
+    return counted("triton", op, lambda *inputs: imported()(*inputs))
 
 
 def problem(backend: str, op: str, device: str) -> str | None:
@@ -157,7 +194,8 @@ def problem(backend: str, op: str, device: str) -> str | None:
 
 def serving(op: str, device: str) -> str:
     """The backend that runs ``op`` on ``device`` now."""
-    order = (_chosen,) if _chosen else (("cpp", "reference") if device == "cpu" else ("triton", "cuda", "reference"))
+    on_gpu = ("cuda", "triton", "reference") if extension.gpus else ("triton", "cuda", "reference")
+    order = (_chosen,) if _chosen else (("cpp", "reference") if device == "cpu" else on_gpu)
     return next((name for name in order if problem(name, op, device) is None), "none")
 
 
@@ -178,7 +216,8 @@ def _slots_for(backend: str | None) -> dict[tuple[str, str], Callable]:
     for op, reference in references.items():
         for device, key in _KEYS.items():
             if backend is None:
-                if device == "cuda" and _triton_problem(op) is None:
+                native = extension.gpus and (op, key) in extension.slots
+                if device == "cuda" and not native and _triton_problem(op) is None:
                     slots[op, key] = _triton_kernel(op)
             elif problem(backend, op, device) is not None:
                 slots[op, key] = _refusal(backend, op, device)

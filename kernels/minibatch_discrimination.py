@@ -11,6 +11,8 @@ work a single line, and takes any strides. Programs of one k run next to each ot
 Outputs are written once, in the caller's order: the lines that a store leaves partly filled meet in L2.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -217,6 +219,7 @@ def block_shape(B: int, K: int, D: int, vectors: int, programs: int = 1024) -> d
     return {"CHUNK": chunk, "BLOCK_I": _WARPS * rows, "BLOCK_J": _BLOCK_J, "num_warps": _WARPS}
 
 
+@functools.lru_cache(maxsize=256)
 def tiles(B: int, K: int, D: int, vectors: int, programs: int = 1024) -> list[dict[str, int]]:
     """The rule's tile, and others that may be faster: more or fewer rows per thread, and threads."""
     rule = block_shape(B, K, D, vectors, programs)

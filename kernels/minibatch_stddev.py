@@ -7,6 +7,8 @@ pieces in order and writes the channels appended; with a gradient, one before su
 bits on every run.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -179,14 +181,21 @@ def append_kernel(
             tl.store(row + at.to(tl.int64) * place_stride, value.to(out.dtype.element_ty), mask=at < places)
 
 
+@functools.lru_cache(maxsize=256)
+def _strides(shape: torch.Size, last: torch.memory_format) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta", memory_format=last).stride()
+
+
 class _Samples:
     """A tensor (B, C or C + F, ...) whose samples lie in the problem's order, which ``like`` has."""
 
     def __init__(self, z: Tensor, last: torch.memory_format, width: int):
         self.places = z[0, 0].numel()
         self.channel, self.place = (1, z.shape[1]) if last != torch.contiguous_format else (self.places, 1)
-        expected = torch.empty(z.shape, device="meta", memory_format=last).stride()
-        lies = all(a == b or n == 1 for a, b, n in zip(z.stride()[1:], expected[1:], z.shape[1:], strict=True))
+        expected = _strides(z.shape, last)
+        lies = z.stride()[1:] == expected[1:] or all(
+            a == b or n == 1 for a, b, n in zip(z.stride()[1:], expected[1:], z.shape[1:], strict=True)
+        )
         self.tensor = z if lies else z.contiguous(memory_format=last)
         self.strides = self.tensor.stride(0), self.place, self.channel * width
 

@@ -1,5 +1,7 @@
 """Choosing backends, refusing where one can't serve, recognising a wrong binary, and telling the user."""
 
+import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -89,6 +91,45 @@ def test_triton_on_cpu_says_how():
     )
     assert "TRITON_INTERPRET=1" in result.stderr
     assert "can't serve cpu tensors" in result.stderr
+
+
+@pytest.mark.parametrize("module", sorted(path.stem for path in (PACKAGE.parent / "kernels").glob("*.py")))
+def test_triton_makes_launchers(module):
+    """On a GPU Triton writes a Python function for each kernel, with names of its own beside the kernel's parameters."""
+    jit = pytest.importorskip("triton.runtime.jit")
+    for name, kernel in vars(importlib.import_module(f"fastgan.kernels.{module}")).items():
+        if name.endswith("_kernel") and hasattr(kernel, "params"):
+            jit.create_function_from_signature(kernel.signature, kernel.params, None)
+            assert not {"params", "specialization", "backend"} & set(kernel.signature.parameters), name
+
+
+@pytest.mark.parametrize(
+    "archs, gpus, expected",
+    [
+        ("80+86+90", [(8, 0)], True),
+        ("80+86+90", [(8, 9), (9, 0)], True),
+        ("80+86+90", [(7, 5), (9, 0)], False),  # machine code of none
+        ("86+90", [(8, 0)], False),
+        ("80+90", [(12, 0)], True),  # by PTX of the last
+        ("80+100", [(9, 0)], False),
+        ("none", [(9, 0)], False),
+        ("80", [], False),
+    ],
+)
+def test_which_gpus_a_binary_runs_on(archs, gpus, expected):
+    assert backends.runs_on(archs, gpus) is expected
+
+
+def test_native_kernels_serve_the_gpus_they_are_built_for(monkeypatch):
+    extension = backends.extension
+    if ("minibatch_discrimination", "CUDA") not in extension.slots:
+        pytest.skip("fastgan._C is not built with CUDA")
+    triton = importlib.util.find_spec("triton") is not None
+    for fits in (False, True):
+        monkeypatch.setattr(extension, "gpus", fits)
+        expected = "cuda" if fits or not triton else "triton"
+        assert backends.serving("minibatch_discrimination", "cuda") == expected
+        assert ("minibatch_discrimination", "CUDA") not in backends._slots_for(None) or expected == "triton"
 
 
 # Without what is optional

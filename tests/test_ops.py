@@ -7,6 +7,7 @@ import torch
 from samples import LAYOUTS, OPERATORS, inputs, map_tensors, tensors_of
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fastgan.backends import NO_KERNEL, problem
 from fastgan.ops import references
 
 OPS = list(OPERATORS)
@@ -56,7 +57,12 @@ def flat_call(op, values):
 
 def error_of(result, truth):
     """Root mean square over the result: the largest single error of so few elements is mostly luck."""
-    return (result.double() - truth).square().mean().sqrt().item()
+    return (result.cpu().double() - truth).square().mean().sqrt().item()
+
+
+def truth_of(op, values):
+    """In float64 and on the CPU: on a GPU torch's own sums in float64 were six roundings off."""
+    return tensors(references[op](*map_tensors(lambda x: x.cpu().double(), values)))
 
 
 def own_errors(op, values):
@@ -64,13 +70,12 @@ def own_errors(op, values):
     if any(value.dtype == torch.float64 for value in tensors(values)):
         singles = own_errors(op, map_tensors(torch.Tensor.float, values))
         return [error * (torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps) for error in singles]
-    truths, plains = (tensors(references[op](*v)) for v in (map_tensors(torch.Tensor.double, values), values))
-    return [error_of(plain, truth) for plain, truth in zip(plains, truths, strict=True)]
+    return [error_of(plain, truth) for plain, truth in zip(tensors(references[op](*values)), truth_of(op, values), strict=True)]
 
 
 def assert_close_to_truth(op, values, results):
     """Error against float64 at most twice that of plain torch in the same dtype, or of one rounding of the result."""
-    truths = tensors(references[op](*map_tensors(torch.Tensor.double, values)))
+    truths = truth_of(op, values)
     dtypes = [plain.dtype for plain in tensors(references[op](*values))]
     for result, truth, dtype, own in zip(tensors(results), truths, dtypes, own_errors(op, values), strict=True):
         eps, factor = torch.finfo(dtype).eps, 3 if dtype == torch.float64 else 2
@@ -79,10 +84,13 @@ def assert_close_to_truth(op, values, results):
         if truth.numel() == 0:
             continue
         error, rounding = error_of(result, truth), eps * truth.square().mean().sqrt().item()
-        # Where the result is float64, the truth has errors of its own, of the same size and other signs.
-        floor = rounding if dtype == torch.float64 else rounding / 2
+        # Where the result is float64, the truth has errors of its own, of the same size and other signs. On GPUs exponentials
+        # are approximated to two roundings.
+        floor = rounding if dtype == torch.float64 or result.is_cuda else rounding / 2
         assert error <= factor * max(own, floor), f"error {error:.3g}, torch's own {own:.3g}, rounding {rounding:.3g}"
-        assert (result.double() - truth).abs().max() <= 16 * max(own, rounding), "one element is off by far more than the rest"
+        assert (result.cpu().double() - truth).abs().max() <= 16 * max(own, rounding), (
+            "one element is off by far more than the rest"
+        )
 
 
 def test_every_operator_has_samples():
@@ -116,7 +124,7 @@ def test_gradcheck(backend, op, shape):
 def test_gradgradcheck(backend):
     for op, operator in OPERATORS.items():
         if operator.forward_mode:  # the operators users call, not the last derivatives
-            if op.endswith("_backward"):
+            if op.endswith("_backward") or problem(backend, op, "cuda" if backend == "cuda" else "cpu") == NO_KERNEL:
                 continue
             function, leaves = flat_call(op, requiring_grad(op, inputs(op, operator.small[0 if INTERPRETED else 1])))
             assert torch.autograd.gradgradcheck(function, leaves)
