@@ -49,6 +49,13 @@ def pytest_configure(config):
         _OnGPU("cuda").__enter__()
 
 
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--device") == "cuda":
+        for item in items:
+            if item.get_closest_marker("cpu"):
+                item.add_marker(pytest.mark.skip(reason="is about the CPU, or what it looks at can't be seen on a GPU"))
+
+
 def _legs(config) -> list[str]:
     chosen = config.getoption("--backends")
     if not chosen and config.getoption("--device") == "cuda":

@@ -555,6 +555,7 @@ def test_own_penalty_code_costs_ten_units_instead_of_twelve(name):
     assert alone[0] <= 4.1 and alone[1] > 5.5, alone
 
 
+@pytest.mark.cpu
 def test_small_perceptrons_are_let_be(monkeypatch):
     """Looking for zeros costs more than they do; now and then it is tried again, and other shapes have their own count."""
     monkeypatch.setattr(second_order, "SLIGHT_BELIEVED", 3)
@@ -708,6 +709,7 @@ def test_parts_called_by_themselves_and_the_same_input_again():
         torch.testing.assert_close(kept[0].grad, kept[1].grad)
 
 
+@pytest.mark.cpu
 def test_nothing_is_kept_alive():
     model = Everything().double()
     fastgan.accelerate(model)

@@ -178,7 +178,10 @@ def one(seed):
         error = reference.error(reference.grads(ours), reference.grads(eager))
         assert error <= 1e-12, f"{error} {what}"
         for a, b in zip(ours.buffers(), eager.buffers(), strict=False):
-            assert torch.equal(a, b), what
+            if a.is_cuda:  # batch statistics are summed up in no fixed order
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14, msg=what)
+            else:
+                assert torch.equal(a, b), what
     return ours, loss, got
 
 

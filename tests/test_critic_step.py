@@ -89,6 +89,7 @@ def test_curved_critics_fall_back_and_stay_exact(name):
         check(critics.CURVED[name], *batch(), method="double_backward", **case)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("name", critics.COUPLED)
 def test_coupled_samples_are_noticed(name):
     step = check(critics.COUPLED[name], *batch(), r1=1.0, r2=2.0, loss=lambda r, f: (F.softplus(-r) * RAMP).sum() + f.mean())
@@ -246,6 +247,7 @@ def check_step(ours, eager, real, fake, method):
     assert reference.error(reference.grads(ours), reference.grads(eager)) <= 1e-12
 
 
+@pytest.mark.cpu
 def test_value_dependent_permutation_with_a_cached_proof():
     ours, eager = build(Permuted)
     real, fake = batch()
@@ -254,6 +256,7 @@ def test_value_dependent_permutation_with_a_cached_proof():
         check_step(ours, eager, real, fake, method)
 
 
+@pytest.mark.cpu
 def test_permutation_by_a_constant_matrix_with_a_cached_proof():
     class Matrix(nn.Module):
         def __init__(self):
@@ -272,6 +275,7 @@ def test_permutation_by_a_constant_matrix_with_a_cached_proof():
         check_step(ours, eager, real, fake, method)
 
 
+@pytest.mark.cpu
 def test_coupling_that_slips_past_a_proof_is_an_error_not_a_wrong_gradient(monkeypatch):
     # as if batch flips had been proved harmless: the check of every step must notice
     make = critics.COUPLED["batch flip"]
@@ -622,6 +626,7 @@ def test_numbers_that_are_not_finite_arrive_as_eager_would_deliver_them(bad, cas
     assert found == [(k not in spoilt,) * 2 for k in range(6)]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("scale", [2.0**30, 2.0**60])
 def test_a_scaler_that_is_too_large_finds_inf_and_backs_off(scale):
     critic, (real, fake) = critics.DCGAN(4, 16), [t.float() for t in batch("dcgan")]
@@ -639,6 +644,7 @@ def test_a_scaler_that_is_too_large_finds_inf_and_backs_off(scale):
         assert all(torch.equal(a, b) for a, b in zip(before, critic.parameters(), strict=True)) == (init == scale)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("case", [R12, GP], ids=["r1+r2", "gp"])
 def test_fakes_of_fewer_bits_as_autocast_makes_them(case):
     real, fake = [t.float() for t in batch("dcgan")]
@@ -806,6 +812,7 @@ def _rank(rank, find_unused, results):
         torch.save(out, results)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("find_unused", [False, True])
 def test_distributed_data_parallel(find_unused, tmp_path):
     on_ranks(_rank, find_unused, str(tmp_path / "out"))

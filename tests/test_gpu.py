@@ -12,7 +12,8 @@ from samples import OPERATORS, inputs, map_tensors, tensors_of
 import fastgan
 from fastgan import backends, losses, recipes
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu_check, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+large = pytest.mark.xdist_group("gibibytes of memory")
 
 BACKENDS = ("triton", "cuda")
 GIB = 1 << 30
@@ -102,6 +103,7 @@ def room(gibibytes: float):
         pytest.skip(f"needs {gibibytes} GiB of free memory on the GPU")
 
 
+@large
 def test_minibatch_discrimination_of_more_than_2_31_elements(served):
     room(30)
     m = torch.randn(3, (1 << 21) + 1, 350, dtype=torch.bfloat16, device="cuda") / 350
@@ -115,6 +117,7 @@ def test_minibatch_discrimination_of_more_than_2_31_elements(served):
     assert torch.equal(found[:, -2:], expected)
 
 
+@large
 def test_penalty_of_more_than_2_31_elements(served):
     room(16)
     grads = torch.ones(3, (1 << 30) + 9, dtype=torch.bfloat16, device="cuda")
@@ -126,6 +129,7 @@ def test_penalty_of_more_than_2_31_elements(served):
     assert seeds[2, -1] == (0.5 / 3 * torch.ones((), dtype=torch.float64)).bfloat16()
 
 
+@large
 def test_tangents_of_more_than_2_31_elements(served):
     room(24)
     t = torch.ones(3, (1 << 30) + 9, dtype=torch.bfloat16, device="cuda")
@@ -134,6 +138,7 @@ def test_tangents_of_more_than_2_31_elements(served):
     assert (passed[:, -9:] == 0.25).all() and (combined[2, -9:] == -5.75).all() and (combined[0, :9] == -1.75).all()
 
 
+@large
 def test_spectral_norm_of_more_than_2_31_elements(served):
     room(24)
     rows, columns = 46_341, 46_352
@@ -149,6 +154,7 @@ def test_spectral_norm_of_more_than_2_31_elements(served):
     assert (gradient[-1].float() * sigma).abs().max() < 0.05  # along u v^T, of which W is a multiple, there is none
 
 
+@large
 def test_stddev_of_more_than_2_31_elements(served):
     room(24)
     x = torch.zeros(4, (1 << 15) + 1, 128, 129, dtype=torch.bfloat16, device="cuda")

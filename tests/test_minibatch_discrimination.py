@@ -263,6 +263,7 @@ def test_copies_and_pickles():
         assert torch.equal(twin(x), layer(x))
 
 
+@pytest.mark.cpu
 def test_meta_device_then_materialised():
     layer = MinibatchDiscrimination.improved_gan(6, 4, device="meta")
     assert layer(torch.zeros(5, 6, device="meta")).shape == (5, 10)
@@ -270,6 +271,7 @@ def test_meta_device_then_materialised():
     assert layer(torch.randn(5, 6)).isfinite().all()
 
 
+@pytest.mark.cpu
 def test_compiled_discriminator_with_the_layer():
     torch._dynamo.reset()
     critic = nn.Sequential(nn.Linear(6, 8), nn.LeakyReLU(0.2), MinibatchDiscrimination(8, 4, 3), nn.Linear(12, 1))

@@ -334,6 +334,7 @@ ERRORS = [
 ]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("function", [fastgan.pairwise_kernel_sum, fastgan.mmd])
 @pytest.mark.parametrize(("changed", "error", "message"), ERRORS)
 def test_errors_name_the_argument(function, changed, error, message):

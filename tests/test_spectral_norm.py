@@ -803,6 +803,7 @@ def large(form):
     return form(nn.Linear(*LARGE[::-1], bias=False))
 
 
+@pytest.mark.cpu
 def test_nothing_alive_changes_when_memory_is_used_again(pair):
     """Everything that may hold a result: a graph, retained ones, a view, an array, a copy for averaging, .grad."""
     layers = [large(form) for form in pair]
@@ -834,6 +835,7 @@ def test_nothing_alive_changes_when_memory_is_used_again(pair):
         assert (held == copied).all()
 
 
+@pytest.mark.cpu
 def test_memory_is_used_again_once_nothing_refers_to_it():
     layer = large(fastgan.spectral_norm)
     with fastgan.use_backend("cpp"), torch.no_grad():
@@ -845,6 +847,7 @@ def test_memory_is_used_again_once_nothing_refers_to_it():
         assert layer.weight.data_ptr() == address
 
 
+@pytest.mark.cpu
 def test_memory_used_again_under_resize_and_set():
     """What torch does to storages: it works, or raises without touching what other tensors have."""
     layer = large(fastgan.spectral_norm).eval()
