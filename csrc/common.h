@@ -7,10 +7,13 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <sstream>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace fastgan {
 
@@ -101,10 +104,51 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+// Do the elements of x fill one run of memory, in whichever order of dimensions?
+inline bool is_dense(const Tensor& x) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
+  for (int64_t d = 0; d < x.dim(); ++d)
+    if (x.size(d) != 1) dims.emplace_back(x.stride(d), x.size(d));
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+// New tensors, uninitialised and on the device of x. torch::stable's functions look ATen's operators up by name, which takes
+// longer than a small weight.
+
+inline Tensor new_strided(const Tensor& x, int64_t dims, const int64_t* sizes, const int64_t* strides, ScalarType dtype) {
+  int32_t type, index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, int32_t(dtype), type, index, &made));
+  return Tensor(made);
+}
+
+inline Tensor new_tensor(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t run = 1;
+  for (size_t d = sizes.size(); d-- > 0; run *= std::max<int64_t>(1, sizes[d])) strides[d] = run;
+  return new_strided(x, int64_t(sizes.size()), sizes.data(), strides.data(), dtype);
+}
+inline Tensor new_tensor(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes) { return new_tensor(x, sizes, x.scalar_type()); }
+
+inline Tensor new_tensor_like(const Tensor& x) {
+  if (!x.is_contiguous() && !is_dense(x)) return torch::stable::empty_like(x);
+  return new_strided(x, x.dim(), x.sizes().data(), x.strides().data(), x.scalar_type());
+}
+
+inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 // x in the layout of like, which is dense.
 inline Tensor laid_out_as(const Tensor& x, const Tensor& like) {
   if (same_layout(x, like)) return x;
-  Tensor copy = torch::stable::empty_like(like);
+  Tensor copy = new_tensor_like(like);
   return torch::stable::copy_(copy, x);
 }
 

@@ -32,8 +32,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& grads, std::str
   const Form form{kind_of(kind), weight, target, one_sided, power, double(std::max<int64_t>(1, N))};
   Output output(grads);
   const ScalarType dtype = accumulate_dtype(grads.scalar_type());
-  Tensor penalty = torch::stable::new_empty(grads, {}, dtype), norms = torch::stable::new_empty(grads, {N}, dtype);
-  Tensor factors = torch::stable::new_empty(grads, {N}, dtype);
+  Tensor penalty = new_tensor(grads, {}, dtype), norms = new_tensor(grads, {N}, dtype);
+  Tensor factors = new_tensor(grads, {N}, dtype);
   run_forward(Rows::like(grads, output.work), form, penalty, norms, factors, Rows(output.work));
   return {penalty, norms, factors, output.finish()};
 }

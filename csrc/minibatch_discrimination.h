@@ -38,8 +38,8 @@ struct Call {
     STD_TORCH_CHECK(x.device() == m.device(), "fastgan::", name, ": ", argument, " and m have to be on one device");
     return &x;
   }
-  Tensor new_values() const { return torch::stable::new_empty(m, {B, K}); }
-  Tensor new_gradient() const { return torch::stable::new_empty(m, {B, K, D}); }
+  Tensor new_values() const { return new_tensor(m, {B, K}); }
+  Tensor new_gradient() const { return new_tensor(m, {B, K, D}); }
 };
 
 void run(const Call& call);

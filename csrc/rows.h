@@ -25,9 +25,9 @@ struct Rows {
 struct Output {
   Tensor result, work;
 
-  explicit Output(const Tensor& x) : result(torch::stable::empty_like(x)), work(result) {
+  explicit Output(const Tensor& x) : result(new_tensor_like(x)), work(result) {
     if (has_dense_rows(result)) return;
-    work = torch::stable::new_empty(x, x.sizes());
+    work = new_tensor(x, x.sizes());
   }
   Tensor finish() {
     if (work.get() != result.get()) torch::stable::copy_(result, work);

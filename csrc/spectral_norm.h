@@ -29,7 +29,7 @@ void check_vector(const char* op, const char* name, Tensor& x, const Tensor& wei
   STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == length, "fastgan::", op, ": ", name, " has shape ", shape(x), ", expected (", length,
                   ",) for a weight of shape ", shape(weight));
   check_accumulated(op, name, x, "weight", weight);
-  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  x = as_contiguous(x);
 }
 
 // dims are made not negative.
@@ -71,7 +71,7 @@ Tensors backward_of(const char* op, const Tensors& grads, const Tensors& weights
                         sigma.device() == weight.device(),
                     "fastgan::", op, ": sigma has to be of u's dtype, on the device of weight, and hold a number per weight");
   }
-  return run_backward(op, grads, weights, u, v, sigma.is_contiguous() ? sigma : torch::stable::contiguous(sigma), dims, target);
+  return run_backward(op, grads, weights, u, v, as_contiguous(sigma), dims, target);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& weight, const Tensor& u, const Tensor& v, int64_t dim, int64_t count, double eps,

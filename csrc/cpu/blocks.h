@@ -75,34 +75,10 @@ class Blocks {
   int64_t used_ = 0, kept_bytes_ = 0, most_ = 0;
 };
 
-inline bool is_dense(const torch::stable::Tensor& x) {
-  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
-  for (int64_t d = 0; d < x.dim(); ++d)
-    if (x.size(d) != 1) dims.emplace_back(x.stride(d), x.size(d));
-  std::sort(dims.begin(), dims.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
-
-// Uninitialised, of x's dtype, on the CPU. The headers' functions look ATen's operators up by name, which takes longer than a
-// small weight.
-inline torch::stable::Tensor new_strided(const torch::stable::Tensor& x, int64_t dims, const int64_t* sizes, const int64_t* strides) {
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
-  return torch::stable::Tensor(made);
-}
-
 // Uninitialised, with the dtype, shape and, where it is dense, strides of x, which is on the CPU.
 inline torch::stable::Tensor new_like(const torch::stable::Tensor& x) {
-  if (!x.is_contiguous() && !is_dense(x)) return torch::stable::empty_like(x);
   const int64_t bytes = x.numel() * x.element_size();
-  if (bytes < kReusedFrom) return new_strided(x, x.dim(), x.sizes().data(), x.strides().data());
+  if (bytes < kReusedFrom || (!x.is_contiguous() && !is_dense(x))) return new_tensor_like(x);
   void* data = Blocks::all().take(bytes);
   const auto give_back = [bytes](void* block) { Blocks::all().give_back(block, bytes); };
   try {

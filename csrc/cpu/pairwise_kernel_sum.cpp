@@ -459,7 +459,7 @@ void check_cotangent(const char* op, const char* name, const Tensor& cotangent, 
 Tensor forward(const Tensor& x, const Tensor& y, const Tensor& bandwidths, const Tensor& weights, std::string kernel, double exponent, double offset,
                bool exclude_diagonal) {
   const Options options = check("pairwise_kernel_sum", x, y, bandwidths, weights, kernel, exponent, offset, exclude_diagonal);
-  Tensor out = torch::stable::new_empty(x, {x.size(0)});
+  Tensor out = new_tensor(x, {x.size(0)});
   for_dtype(x.scalar_type(), [&](auto type) {
     run<decltype(type), Sweep::forward>(nullptr, nullptr, x, y, options, out.mutable_data_ptr(), nullptr, nullptr);
   });
@@ -469,8 +469,8 @@ Tensor forward(const Tensor& x, const Tensor& y, const Tensor& bandwidths, const
 std::tuple<Tensor, Tensor> with_gradient(const Tensor& x, const Tensor& y, const Tensor& bandwidths, const Tensor& weights, std::string kernel,
                                          double exponent, double offset, bool exclude_diagonal) {
   const Options options = check("pairwise_kernel_sum_with_gradient", x, y, bandwidths, weights, kernel, exponent, offset, exclude_diagonal);
-  Tensor out = torch::stable::new_empty(x, {x.size(0)});
-  Tensor gradient = torch::stable::new_empty(x, {x.size(0), x.size(1)}, accumulate_dtype(x.scalar_type()));
+  Tensor out = new_tensor(x, {x.size(0)});
+  Tensor gradient = new_tensor(x, {x.size(0), x.size(1)}, accumulate_dtype(x.scalar_type()));
   for_dtype(x.scalar_type(), [&](auto type) {
     run<decltype(type), Sweep::with_gradient>(nullptr, nullptr, x, y, options, out.mutable_data_ptr(), gradient.mutable_data_ptr(), nullptr);
   });
@@ -483,7 +483,7 @@ Tensor backward(const Tensor& row, const Tensor& column, const Tensor& x, const 
   const Options options = check(op, x, y, bandwidths, weights, kernel, exponent, offset, exclude_diagonal);
   check_cotangent(op, "row", row, "x", x);
   check_cotangent(op, "column", column, "y", y);
-  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  Tensor out = new_tensor(x, {x.size(0), x.size(1)});
   for_dtype(x.scalar_type(), [&](auto type) {
     run<decltype(type), Sweep::backward>(&row, &column, x, y, options, nullptr, out.mutable_data_ptr(), nullptr);
   });
@@ -495,7 +495,7 @@ std::tuple<Tensor, Tensor> backward_both(const Tensor& grad, const Tensor& x, co
   const char* op = "pairwise_kernel_sum_backward_both";
   const Options options = check(op, x, y, bandwidths, weights, kernel, exponent, offset, exclude_diagonal);
   check_cotangent(op, "grad", grad, "x", x);
-  Tensor of_x = torch::stable::new_empty(x, {x.size(0), x.size(1)}), of_y = torch::stable::new_empty(y, {y.size(0), y.size(1)});
+  Tensor of_x = new_tensor(x, {x.size(0), x.size(1)}), of_y = new_tensor(y, {y.size(0), y.size(1)});
   for_dtype(x.scalar_type(), [&](auto type) {
     run<decltype(type), Sweep::both>(&grad, nullptr, x, y, options, nullptr, of_x.mutable_data_ptr(), of_y.mutable_data_ptr());
   });

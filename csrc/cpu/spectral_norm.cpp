@@ -426,7 +426,7 @@ template <class Layer> void run(std::vector<Layer>& layers) {
 
 Tensor new_sigma(const Tensor& u, int64_t count, bool single) {
   const int64_t adjacent = 1;
-  return new_strided(u, single ? 0 : 1, &count, &adjacent);
+  return new_strided(u, single ? 0 : 1, &count, &adjacent, u.scalar_type());
 }
 
 std::tuple<Tensors, Tensors, Tensors> run_forward(const char*, const Tensors& weights, const Tensors& u, const Tensors& v,
@@ -434,7 +434,7 @@ std::tuple<Tensors, Tensors, Tensors> run_forward(const char*, const Tensors& we
   Tensors results, new_us, new_vs;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& w = weights[i];
-    results.push_back(iteration.write ? new_like(w) : w.is_contiguous() || is_dense(w) ? w : torch::stable::empty_like(w));
+    results.push_back(iteration.write ? new_like(w) : w.is_contiguous() || is_dense(w) ? w : new_tensor_like(w));
     new_us.push_back(new_like(u[i]));
     new_vs.push_back(new_like(v[i]));
   }

@@ -13,7 +13,7 @@ void scale(const char* op, const Device& device, const Rows& grads, const Tensor
 
 void run_forward(const Rows& grads, const Form& form, Tensor& penalty, Tensor& norms, Tensor& factors, const Rows& seeds) {
   const Device device(grads.tensor);
-  Tensor sums = torch::stable::new_empty(grads.tensor, {grads.count * pieces_of_row(grads.length)}, ScalarType::Double);
+  Tensor sums = new_tensor(grads.tensor, {grads.count * pieces_of_row(grads.length)}, ScalarType::Double);
   gradient_penalty::launch_norms(dtype_of(grads.tensor.scalar_type()), strip(grads), grads.count, grads.length, form,
                                  static_cast<double*>(sums.mutable_data_ptr()), penalty.mutable_data_ptr(), norms.mutable_data_ptr(),
                                  factors.mutable_data_ptr(), device.stream);

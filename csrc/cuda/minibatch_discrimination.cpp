@@ -13,16 +13,16 @@ void run(const Call& call) {
     if (call.values) torch::stable::fill_(*call.values, call.tangent ? 0 : call.B - !call.self_term);
     return;
   }
-  const Tensor m = torch::stable::contiguous(call.m);
-  const Tensor tangent = call.tangent ? torch::stable::contiguous(*call.tangent) : m;
-  const Tensor grad = call.grad ? torch::stable::contiguous(*call.grad) : m;
+  const Tensor m = as_contiguous(call.m);
+  const Tensor tangent = call.tangent ? as_contiguous(*call.tangent) : m;
+  const Tensor grad = call.grad ? as_contiguous(*call.grad) : m;
   const Device device(m);
   const minibatch_discrimination::Pairs pairs{
       dtype_of(m.scalar_type()), call.B, call.K, call.D, m.const_data_ptr(), call.tangent ? tangent.const_data_ptr() : nullptr,
       call.grad ? grad.const_data_ptr() : nullptr, call.values ? call.values->mutable_data_ptr() : nullptr,
       call.gradient ? call.gradient->mutable_data_ptr() : nullptr, call.self_term};
   const minibatch_discrimination::Cut cut(pairs);
-  Tensor scratch = torch::stable::new_empty(m, {cut.scratch}, ScalarType::Byte);
+  Tensor scratch = new_tensor(m, {cut.scratch}, ScalarType::Byte);
   minibatch_discrimination::launch(call.name, pairs, cut, scratch.mutable_data_ptr(), device.stream);
 }
 

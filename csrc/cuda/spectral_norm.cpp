@@ -28,13 +28,13 @@ struct Weight {
 
   Weight(const Tensor& weight, int64_t dim, bool write) {
     transposed = dim == 0 && !weight.is_contiguous() && second_innermost(weight);
-    dense = transposed ? weight : torch::stable::contiguous(weight);
+    dense = transposed ? weight : as_contiguous(weight);
     if (!write) return;
-    result = torch::stable::empty_like(weight);
-    work = same_layout(result, dense) ? result : torch::stable::new_empty(weight, weight.sizes());
+    result = new_tensor_like(weight);
+    work = same_layout(result, dense) ? result : new_tensor(weight, weight.sizes());
   }
   Tensor like_dense(const Tensor& x) const {
-    return same_layout(x, dense) ? x : transposed ? laid_out_as(x, dense) : torch::stable::contiguous(x);
+    return same_layout(x, dense) ? x : transposed ? laid_out_as(x, dense) : as_contiguous(x);
   }
   Tensor finish() {
     if (work.get() != result.get()) torch::stable::copy_(result, work);
@@ -65,7 +65,7 @@ std::vector<Layer> of_dtype(ScalarType dtype, const Tensors& weights, const std:
 }
 
 Tensor new_sigma(const Tensor& u, int64_t count, bool single) {
-  return single ? torch::stable::new_empty(u, {}) : torch::stable::new_empty(u, {count});
+  return single ? new_tensor(u, {}) : new_tensor(u, {count});
 }
 
 std::tuple<Tensors, Tensors, Tensors> run_forward(const char* op, const Tensors& weights, const Tensors& u, const Tensors& v,
@@ -87,10 +87,10 @@ std::tuple<Tensors, Tensors, Tensors> run_forward(const char* op, const Tensors&
     room += weights[i].element_size() == 8 ? Scratch<double>::bytes(layers[i], iteration.v_first)
                                            : Scratch<float>::bytes(layers[i], iteration.v_first);
   }
-  Tensor scratch = torch::stable::new_empty(weights[0], {room}, ScalarType::Byte);
+  Tensor scratch = new_tensor(weights[0], {room}, ScalarType::Byte);
   Tensors results, new_us, new_vs;
   for (size_t i = 0; i < weights.size(); ++i) {
-    new_us.push_back(torch::stable::empty_like(u[i])), new_vs.push_back(torch::stable::empty_like(v[i]));
+    new_us.push_back(new_tensor_like(u[i])), new_vs.push_back(new_tensor_like(v[i]));
     Layer& layer = layers[i];
     layer.u = u[i].const_data_ptr(), layer.v = v[i].const_data_ptr();
     layer.new_u = new_us[i].mutable_data_ptr(), layer.new_v = new_vs[i].mutable_data_ptr();
@@ -124,7 +124,7 @@ Tensors run_backward(const char* op, const Tensors& grads, const Tensors& weight
     layers.push_back(layer), places.push_back(room);
     room += layer.inner_blocks() * int64_t(sizeof(double));
   }
-  Tensor scratch = torch::stable::new_empty(weights[0], {room}, ScalarType::Byte);
+  Tensor scratch = new_tensor(weights[0], {room}, ScalarType::Byte);
   for (size_t i = 0; i < weights.size(); ++i) layers[i].scratch = static_cast<char*>(scratch.mutable_data_ptr()) + places[i];
   for (ScalarType dtype : kDtypes)
     if (const auto some = of_dtype(dtype, weights, layers); !some.empty()) launch_backward(op, dtype_of(dtype), some, target, device.stream);
