@@ -4,9 +4,9 @@
 operations / rate) + launches * LAUNCH; nothing in it has been measured. Launches are counted: kernels of fastgan by standing in
 for them, plain PyTorch's by a dispatch mode on tensors without memory.
 
-``--measure FILE.json`` measures on this machine's GPU, after results have agreed with float64: a step's *kernels*, replayed
-from a CUDA graph with L2 flushed before each (medians by CUDA events), and the step *as called* from Python, back to back.
-Files in benchmarks/results/gpu are shown as tables of their own.
+``--measure FILE.json`` measures on this machine's GPU, after results have agreed with float64: an operator's *kernels*,
+replayed from a CUDA graph with L2 flushed before each (medians by CUDA events), the operator *as called* from Python, back to
+back, and critic steps (gpu_steps.py). Files in benchmarks/results/gpu are shown as tables of their own.
 """
 
 import argparse
@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from . import gpu_steps
 
 #: bandwidth in bytes/s and 32-bit operations/s (a multiply-add counts once), from the makers' data sheets (SXM, 80 GB; B200)
 GPUS = {"A100": (2.04e12, 9.75e12), "H100": (3.35e12, 33.5e12), "B200": (8.0e12, 37.5e12)}
@@ -400,7 +402,8 @@ def measure_all(compiled: bool) -> dict:
         rows.append(row)
         torch.cuda.empty_cache()
     machine = measure.machine() | {"triton": triton.__version__, "copy_bytes_per_second": copy}
-    return {"machine": machine, "cases": rows}
+    steps = [gpu_steps.measure(*size, mode) for size in gpu_steps.SIZES for mode in gpu_steps.MODES]
+    return {"machine": machine, "cases": rows, "steps": steps}
 
 
 def table() -> str:
@@ -434,7 +437,7 @@ def measured_table(results: dict) -> str:
     for row in results["cases"]:
         cells = [f"{row[kind][n] * 1e6:.0f}" if n in row[kind] else "–" for kind in ("kernels", "called") for n in names]
         lines.append("| " + " | ".join([row["op"], row["shape"], *cells]) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *gpu_steps.table(results["steps"])]) + "\n"
 
 
 RESULTS = Path(__file__).parent / "results" / "gpu"
@@ -458,7 +461,7 @@ def main() -> int:
         results = measure_all(options.compile)
         options.measure.write_text(json.dumps(results, indent=1) + "\n")
         print(measured_table(results))
-        return 1 if any(row["failed"] for row in results["cases"]) else 0
+        return 1 if any(row["failed"] for row in results["cases"] + results["steps"]) else 0
     for name, text in ((name, make()) for name, make in PARTS.items()):
         print(text)
         if options.write:

@@ -1,0 +1,131 @@
+"""Critic steps on a GPU as ``python -m benchmarks.gpu`` measures them: as Python calls them, and as CUDA graphs.
+
+A graph takes the time of a step's kernels, and the textbook's step in one is what a user could do instead of GraphedCriticStep.
+cuDNN searches for the fastest convolutions (``torch.backends.cudnn.benchmark``), which eager needs more than we do.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+import fastgan
+from fastgan import losses
+
+from . import reference
+from .case import exact
+from .critic_step import CRITICS, MODES
+
+#: (critic, batch): widths of the papers
+SIZES = (("sngan-wide32", 64), ("dcgan128", 64), ("r3gan-wide32", 64))
+CANDIDATES = ("eager", "accelerate", "critic_step", "eager in a graph", "GraphedCriticStep")
+
+
+def _start(name: str, batch: int):
+    make, shape = CRITICS[name]
+    torch.manual_seed(0)
+    real, fake = torch.randn(2, batch, *shape).cuda()
+    return make().cuda().eval(), real, fake, torch.rand(batch, *[1] * len(shape)).cuda()
+
+
+def _candidate(kind: str, name: str, batch: int, mode: str) -> tuple[torch.nn.Module, Callable]:
+    """The critic, and a step on it that leaves its gradients in ``.grad``."""
+    critic, real, fake, alpha = _start(name, batch)
+    options = MODES[mode]
+    weights = [options.get(name, 0.0) for name in ("gradient_penalty", "r1", "r2")]
+    if kind == "accelerate":
+        fastgan.accelerate(critic)
+    if kind == "GraphedCriticStep":
+        step = fastgan.GraphedCriticStep(critic, **options)
+        given = {"alpha": alpha} if weights[0] else {}
+        return critic, lambda: step(real, fake, **given)
+
+    def run():
+        critic.zero_grad(set_to_none=True)
+        if kind == "critic_step":
+            fastgan.critic_step(critic, real, fake, alpha=alpha, **options).loss.backward()
+        else:
+            reference.step(critic, real, fake, losses.get(options["loss"]), *weights, alpha)[0].backward()
+
+    if kind != "eager in a graph":
+        return critic, run
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    critic.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    critic.graph_of_its_step = graph  # as long as its gradients are
+    return critic, graph.replay
+
+
+def _gradient(critic) -> torch.Tensor:
+    return torch.cat([p.grad.double().flatten() for p in critic.parameters() if p.grad is not None])
+
+
+def _seconds(run: Callable, rounds: int, seconds: float) -> float:
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start, count = time.perf_counter(), 0
+        while count < 2 or time.perf_counter() - start < seconds:
+            run()
+            count += 1
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / count)
+    return statistics.median(times)
+
+
+def _difference(name: str, batch: int, mode: str, kind: str, expected: torch.Tensor | None) -> tuple[torch.Tensor, float]:
+    """The gradient, and its relative difference to the expected one, without TF32; an error where it is large."""
+    with exact():
+        critic, run = _candidate(kind, name, batch, mode)
+        run()
+    gradient = _gradient(critic)
+    error = 0.0 if expected is None else ((gradient - expected).norm() / expected.norm()).item()
+    if not error < 1e-3:
+        raise AssertionError(f"gradients differ by {error:.2g}")
+    return gradient, error
+
+
+def measure(name: str, batch: int, mode: str, rounds: int = 5, seconds: float = 0.03) -> dict:
+    """{"seconds", "peak_bytes", "difference", "failed"} by candidate; differences are of gradients, to eager's."""
+    found = {"critic": name, "batch": batch, "mode": mode, "seconds": {}, "peak_bytes": {}, "difference": {}, "failed": {}}
+    expected, torch.backends.cudnn.benchmark = None, True
+    for kind in CANDIDATES:
+        try:
+            gradient, found["difference"][kind] = _difference(name, batch, mode, kind, expected)
+            expected = gradient if expected is None else expected
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            _critic, run = _candidate(kind, name, batch, mode)
+            for _ in range(4):
+                run()
+            found["peak_bytes"][kind] = torch.cuda.max_memory_allocated() - before
+            found["seconds"][kind] = _seconds(run, rounds, seconds)
+        except Exception as error:  # the others are still worth measuring
+            found["failed"][kind] = f"{type(error).__name__}: {error}"[:300]
+        _critic = run = None
+        torch.cuda.empty_cache()
+    return found
+
+
+def table(rows: list[dict]) -> list[str]:
+    head = ["critic", "batch", "penalties", *(f"{kind}, ms" for kind in CANDIDATES), "over eager", "over eager in a graph"]
+    head += ["peak MiB: eager, critic_step, GraphedCriticStep"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for row in rows:
+        taken, peak = row["seconds"], row["peak_bytes"]
+        times = [f"{taken[kind] * 1e3:.2f}" if kind in taken else "–" for kind in CANDIDATES]
+        ours = taken.get("GraphedCriticStep")
+        gains = [f"{taken[kind] / ours:.2f}x" if ours and kind in taken else "–" for kind in ("eager", "eager in a graph")]
+        compared = ("eager", "critic_step", "GraphedCriticStep")
+        peaks = " / ".join(f"{peak[kind] / 2**20:.0f}" if kind in peak else "–" for kind in compared)
+        lines.append("| " + " | ".join([row["critic"], str(row["batch"]), row["mode"], *times, *gains, peaks]) + " |")
+    return lines
