@@ -18,7 +18,7 @@ from .case import exact
 from .critic_step import CRITICS, MODES
 
 #: (critic, batch): widths of the papers
-SIZES = (("sngan-wide32", 64), ("dcgan128", 64), ("r3gan-wide32", 64))
+SIZES = (("sngan-wide32", 64), ("dcgan128", 64), ("r3gan-wide32", 16))
 CANDIDATES = ("eager", "accelerate", "critic_step", "eager in a graph", "GraphedCriticStep")
 
 
