@@ -451,9 +451,7 @@ PARTS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--measure", type=Path, metavar="FILE.json", help="measure here and write the results")
-    parser.add_argument(
-        "--compile", action="store_true", help="measure torch.compile of the formula too (not of spectral norm's): minutes"
-    )
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile too, but for spectral norm: minutes")
     parser.add_argument("--write", type=Path, metavar="PAGE.md", help="a Markdown file with the tables' markers in it")
     options = parser.parse_args()
     if options.measure:
