@@ -9,6 +9,7 @@
 
 #include "cuda/gradient_penalty.h"
 #include "cuda/minibatch_discrimination.h"
+#include "cuda/minibatch_stddev.h"
 #include "cuda/spectral_norm.h"
 #include "cuda/tangent_combine.h"
 
@@ -109,6 +110,51 @@ void launch(const char*, const Pairs& pairs, const Cut& cut, void* scratch, Stre
 }
 
 }  // namespace minibatch_discrimination
+
+namespace minibatch_stddev {
+
+void launch(const char*, Dtype dtype, const Problem& p, const Tensors& tensors, const Cut& cut, double* scratch, Stream stream) {
+  for_dtype(dtype, stream, [&](auto type) {
+    using T = decltype(type);
+    if (scratch) std::memset(scratch, 0xff, cut.scratch(p, tensors) * sizeof(double));  // there is room for it
+    const auto at = [](const Samples& of, int64_t sample, int64_t offset) -> T& {
+      return const_cast<T*>(static_cast<const T*>(of.data))[sample * of.sample + offset];
+    };
+    const auto& [x, v, grad, values, gradient] = tensors;
+    for (int64_t group = 0; group < p.groups; ++group)
+      for (int64_t slice = 0; slice < p.slices; ++slice) {
+        const int64_t size = p.size + (group < p.larger), count = size - p.unbiased;
+        const auto sample = [&](int64_t i) { return p.strided ? group + i * p.groups : group * p.size + std::min(group, p.larger) + i; };
+        const auto position = [&](const Samples& of, int64_t q) { return slice * p.run + q / p.run * of.place + q % p.run; };
+        const auto appended = [&](const Samples& of, int64_t place) { return p.slices * p.run + slice * p.channel + place * of.place; };
+        double reached = 0, total = 0;
+        for (int64_t i = 0; i < size; ++i)
+          for (int64_t place = 0; grad.data && place < p.places; ++place) reached += at(grad, sample(i), appended(grad, place));
+        for (int64_t q = 0; q < p.positions; ++q) {
+          double mean = 0, mean_v = 0, squares = 0, products = 0;
+          const auto read = [&](const Samples& of, int64_t i) { return of.data ? double(at(of, sample(i), position(of, q))) : 0; };
+          for (int64_t i = 0; i < size; ++i) mean += read(x, i) / size, mean_v += read(v, i) / size;
+          for (int64_t i = 0; i < size; ++i) {
+            const double d = read(x, i) - mean;
+            squares += d * d, products += d * (read(v, i) - mean_v);
+            if (values.data) at(values, sample(i), position(values, q)) = T(read(v.data ? v : x, i));
+          }
+          const double sigma = std::sqrt(squares / count + p.eps), inverse = sigma == 0 ? 0 : 1 / sigma, q_sigma = products / count * inverse;
+          total += v.data ? q_sigma : sigma;
+          for (int64_t i = 0; gradient.data && i < size; ++i) {
+            const double d = read(x, i) - mean, weight = reached / p.positions / count * inverse;
+            at(gradient, sample(i), position(gradient, q)) =
+                T(v.data ? weight * (read(v, i) - mean_v - q_sigma * inverse * d) : read(grad, i) + weight * d);
+          }
+        }
+        for (int64_t i = 0; i < size; ++i)
+          for (int64_t place = 0; values.data && place < p.places; ++place)
+            at(values, sample(i), appended(values, place)) = T(total / p.positions);
+      }
+  });
+}
+
+}  // namespace minibatch_stddev
 
 namespace tangent_combine {
 

@@ -307,7 +307,8 @@ def _print_table() -> None:
         print(f"Triton: {missing}", file=sys.stderr)
     try:
         for (kernel, arch), usage in cuda_usage().items():
-            op = next((op for op in ("spectral_norm", "minibatch_discrimination") if op in kernel), "streams")
+            ops = "spectral_norm", "minibatch_discrimination", "minibatch_stddev"
+            op = next((op for op in ops if op in kernel), "streams")
             home = importlib.import_module(f"test_{op}_cuda")
             warps = home.warps_of(kernel) if hasattr(home, "warps_of") else home.WARPS
             rows.append((home.describe(kernel), f"sm_{arch}", usage, usage.occupancy(arch, warps)))

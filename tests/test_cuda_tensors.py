@@ -18,7 +18,7 @@ from fastgan.ops import references
 pytestmark = pytest.mark.gpu_check
 
 ROOT = Path(__file__).parent.parent
-STEMS = ("gradient_penalty", "minibatch_discrimination", "tangent_combine", "spectral_norm")
+STEMS = ("gradient_penalty", "minibatch_discrimination", "minibatch_stddev", "tangent_combine", "spectral_norm")
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
