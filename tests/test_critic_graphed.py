@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fastgan
+from fastgan.critic import deliver
 
 R12 = {"r1": 1.3, "r2": 0.7, "loss": "relativistic"}
 GP = {"gradient_penalty": 10.0, "loss": "wasserstein"}
@@ -63,3 +64,20 @@ def test_what_cannot_be_captured_is_refused():
         fastgan.GraphedCriticStep(critic, gradient_penalty=1.0, alpha=0.5)
     with pytest.raises(TypeError, match="'labels' is none of alpha, real_args"):
         fastgan.GraphedCriticStep(critic)(*batches(), labels=3)
+
+
+def test_where_nothing_can_be_read_a_failed_check_is_nan():
+    """As in a replay; elsewhere it is an error, with .grad as it was."""
+    for fails in (False, True):
+        p = torch.ones(3, requires_grad=True)
+        delivery = deliver.Delivery(
+            {id(p): torch.ones(3)}, {id(p): p}, [(torch.tensor(True), "a"), (torch.tensor(not fails), "b")]
+        )
+        with deliver.unread():
+            delivery.attach(torch.tensor(2.0)).backward()
+        assert p.grad.isnan().all() == fails
+    p.grad = None
+    delivery = deliver.Delivery({id(p): torch.ones(3)}, {id(p): p}, [(torch.tensor(False), "samples interact")])
+    with pytest.raises(RuntimeError, match="samples interact"):
+        delivery.attach(torch.tensor(2.0)).backward()
+    assert p.grad is None

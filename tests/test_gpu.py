@@ -321,35 +321,33 @@ def test_graphed_critic_step_draws_anew_and_says_what_it_cannot_hold():
             return self.inner(x) * float(x.mean() < 100)
 
     critic.zero_grad()
-    with pytest.raises(RuntimeError, match=r"can't be captured in a CUDA graph.*Use critic_step"):
+    before = torch.cuda.get_rng_state()
+    with pytest.raises(RuntimeError, match=r"can't be captured in a CUDA graph: .*Use critic_step"):
         fastgan.GraphedCriticStep(Reading(), **CASES["r1+r2"])(real, fake)
     assert all(p.grad is None for p in critic.parameters())
+    assert torch.equal(before, torch.cuda.get_rng_state()) and torch.rand(3, device="cuda").isfinite().all()
     fastgan.critic_step(Reading(), real, fake, **CASES["r1+r2"]).loss.backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_graphed_critic_step_under_autocast(dtype):
+    """Weights in 16 bits are those of each step, not of the capture."""
     found = []
     for graphed in (True, False):
         critic, real, fake, alpha = critic_and_batches()
-        with torch.autocast("cuda", dtype):
-            if graphed:
-                step = fastgan.GraphedCriticStep(critic, **CASES["gp"])
-                for _ in range(2):  # weights of the second are not those of the first
+        step = fastgan.GraphedCriticStep(critic, **CASES["gp"])
+        for i in range(3):
+            critic.zero_grad()
+            with torch.autocast("cuda", dtype):
+                if graphed:
                     step(real, fake, alpha=alpha)
-                    with torch.no_grad():
-                        for p in critic.parameters():
-                            p -= 1e-3 * p.grad
-                step(real, fake, alpha=alpha)
-            else:
-                for i in range(3):
-                    critic.zero_grad()
+                else:
                     fastgan.critic_step(critic, real, fake, alpha=alpha, **CASES["gp"]).loss.backward()
-                    with torch.no_grad():
-                        for p in critic.parameters():
-                            p -= (i < 2) * 1e-3 * p.grad
+            with torch.no_grad():
+                for p in critic.parameters():
+                    p -= (i < 2) * 1e-3 * p.grad
         found.append(gradient_of(critic))
-    assert (found[0] - found[1]).norm() <= 0.02 * found[1].norm()
+    assert (found[0] - found[1]).norm() <= 0.03 * found[1].norm()
 
 
 def test_memory_does_not_grow_over_steps():

@@ -78,14 +78,14 @@ def assert_close_to_truth(op, values, results):
     truths = truth_of(op, values)
     dtypes = [plain.dtype for plain in tensors(references[op](*values))]
     for result, truth, dtype, own in zip(tensors(results), truths, dtypes, own_errors(op, values), strict=True):
-        eps, factor = torch.finfo(dtype).eps, 3 if dtype == torch.float64 else 2
+        # In float64 the truth has errors, too; on a GPU, where its sums are of another order than ours.
+        eps, factor = torch.finfo(dtype).eps, (5 if result.is_cuda else 3) if dtype == torch.float64 else 2
         assert result.shape == truth.shape
         assert result.dtype == dtype
         if truth.numel() == 0:
             continue
         error, rounding = error_of(result, truth), eps * truth.square().mean().sqrt().item()
-        # Where the result is float64, the truth has errors of its own, of the same size and other signs. On GPUs exponentials
-        # are approximated to two roundings.
+        # On GPUs exponentials are approximated to two roundings.
         floor = rounding if dtype == torch.float64 or result.is_cuda else rounding / 2
         assert error <= factor * max(own, floor), f"error {error:.3g}, torch's own {own:.3g}, rounding {rounding:.3g}"
         assert (result.cpu().double() - truth).abs().max() <= 16 * max(own, rounding), (

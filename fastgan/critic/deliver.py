@@ -1,7 +1,22 @@
 """Handing finished gradients to autograd, so that accumulation, hooks, DDP, clipping and GradScaler see an ordinary
 backward."""
 
+import contextlib
+
 import torch
+
+_reads = True  # may values be read now? Process-wide: backward runs in threads of its own
+
+
+@contextlib.contextmanager
+def unread():
+    """Inside, gradients are delivered without reading a value, as in a CUDA graph: where a check fails, they are NaN."""
+    global _reads
+    before, _reads = _reads, False
+    try:
+        yield
+    finally:
+        _reads = before
 
 
 def _refuse_again(spent):
@@ -32,8 +47,8 @@ class Delivery:
 
     def hand_out(self, leaves, factor):
         _refuse_again(self.spent)
-        if self.checks and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            # Nothing can be read in a CUDA graph: where a check fails in a replay, gradients are NaN.
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if self.checks and (capturing or not _reads):
             fine = torch.stack([flag for flag, _ in self.checks]).all()
             factor = torch.where(fine, factor, torch.nan)
         else:
@@ -41,7 +56,7 @@ class Delivery:
                 if not bool(flag):
                     raise RuntimeError(message)
         self.spent = True
-        plain = factor.device.type == "cpu" and float(factor) == 1.0
+        plain = factor.device.type == "cpu" and float(factor) == 1.0  # NaN is not
         out = []
         for leaf in leaves:
             grad = self.gradients.pop(id(leaf))

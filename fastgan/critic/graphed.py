@@ -1,11 +1,14 @@
 """The critic step as one CUDA graph, for GPUs that run its kernels faster than Python launches them."""
 
+import contextlib
 import dataclasses
+import warnings
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from .deliver import unread
 from .forward import Snapshot, unwrap
 from .step import CriticStep, critic_step
 
@@ -116,26 +119,45 @@ class GraphedCriticStep:
             with torch.autocast("cuda", dtype, enabled=torch.is_autocast_enabled("cuda"), cache_enabled=False):
                 return self._run(real, fake, given)
 
+        generator = torch.cuda.default_generators[device.index]
+        state = generator.clone_state()
         try:
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.device(device), torch.cuda.stream(stream):
-                for _ in range(_WARMUP):
-                    run()
-            torch.cuda.current_stream(device).wait_stream(stream)
-            before.restore()
-            with torch.cuda.device(device), torch.cuda.graph(graph, pool=self._pool):
-                result = run()
-            self._pool = graph.pool()
+            with torch.cuda.device(device):
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    for _ in range(_WARMUP):
+                        run()
+                    with unread(), _no_waiting():  # what a graph can't hold fails here, where it leaves nothing behind
+                        run()
+                torch.cuda.current_stream().wait_stream(stream)
+                before.restore()
+                with torch.cuda.graph(graph, pool=self._pool):
+                    result = run()
             made = [(p, p.grad) for p in parameters if p.grad is not None]
         except RuntimeError as error:
+            generator.graphsafe_set_state(state)  # a capture that failed has left it capturing
             before.restore()
-            raise RuntimeError(
-                f"GraphedCriticStep: this step can't be captured in a CUDA graph: {error}. Use critic_step"
-            ) from error
+            why = str(error).partition("\n")[0]
+            what = "GraphedCriticStep: this step can't be captured in a CUDA graph"
+            raise RuntimeError(f"{what}: {why}. Use critic_step") from error
         finally:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
+        self._pool = graph.pool()
         return _Captured(graph, [x for x in held if isinstance(x, torch.Tensor)], result, made)
+
+
+@contextlib.contextmanager
+def _no_waiting():
+    """Whatever waits for the GPU raises RuntimeError."""
+    mode = torch.cuda.get_sync_debug_mode()
+    try:
+        with warnings.catch_warnings():  # that this mode is a prototype
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def _copied(step: CriticStep) -> CriticStep:
