@@ -401,7 +401,8 @@ def measure_all(compiled: bool) -> dict:
         print(row, file=sys.stderr, flush=True)
         rows.append(row)
         torch.cuda.empty_cache()
-    machine = measure.machine() | {"triton": triton.__version__, "copy_bytes_per_second": copy}
+    torch.backends.cudnn.benchmark = True
+    machine = measure.machine() | {"triton": triton.__version__, "copy_bytes_per_second": copy, "cudnn_benchmark": True}
     steps = [gpu_steps.measure(*size, mode) for size in gpu_steps.SIZES for mode in gpu_steps.MODES]
     return {"machine": machine, "cases": rows, "steps": steps}
 
@@ -429,7 +430,7 @@ def measured_table(results: dict) -> str:
     head = ["operator", "shape", *(f"{kind}: {name}" for kind in ("kernels", "called") for name in names)]
     lines = [
         f"**{machine['gpu']}**, torch {machine['torch']}, Triton {machine['triton']}; a copy of 1 GiB moves "
-        f"{machine['copy_bytes_per_second'] / 1e12:.2f} TB/s.",
+        f"{machine['copy_bytes_per_second'] / 1e12:.2f} TB/s. Operators, microseconds:",
         "",
         "| " + " | ".join(head) + " |",
         "|" + " --- |" * len(head),
@@ -437,7 +438,9 @@ def measured_table(results: dict) -> str:
     for row in results["cases"]:
         cells = [f"{row[kind][n] * 1e6:.0f}" if n in row[kind] else "–" for kind in ("kernels", "called") for n in names]
         lines.append("| " + " | ".join([row["op"], row["shape"], *cells]) + " |")
-    return "\n".join([*lines, "", *gpu_steps.table(results["steps"])]) + "\n"
+    search = "on" if machine["cudnn_benchmark"] else "off"
+    lines += ["", f"Critic steps, `torch.backends.cudnn.benchmark` {search}:", ""]
+    return "\n".join([*lines, *gpu_steps.table(results["steps"])]) + "\n"
 
 
 RESULTS = Path(__file__).parent / "results" / "gpu"

@@ -1,7 +1,7 @@
 """Critic steps on a GPU as ``python -m benchmarks.gpu`` measures them: as Python calls them, and as CUDA graphs.
 
-A graph takes the time of a step's kernels, and the textbook's step in one is what a user could do instead of GraphedCriticStep.
-cuDNN searches for the fastest convolutions (``torch.backends.cudnn.benchmark``), which eager needs more than we do.
+A graph takes the time of a step's kernels: ``critic_step`` in one is GraphedCriticStep, and the textbook's step in one is what
+a user could do instead. cuDNN searches for the fastest convolutions (``torch.backends.cudnn.benchmark``): eager needs it most.
 """
 
 import statistics
@@ -19,7 +19,10 @@ from .critic_step import CRITICS, MODES
 
 #: (critic, batch): widths of the papers
 SIZES = (("sngan-wide32", 64), ("dcgan128", 64), ("r3gan-wide32", 16))
-CANDIDATES = ("eager", "accelerate", "critic_step", "eager in a graph", "GraphedCriticStep")
+CALLED, GRAPHS = (
+    ("eager", "accelerate", "critic_step"),
+    tuple(f"{name} in a graph" for name in ("eager", "accelerate", "critic_step")),
+)
 
 
 def _start(name: str, batch: int):
@@ -34,9 +37,9 @@ def _candidate(kind: str, name: str, batch: int, mode: str) -> tuple[torch.nn.Mo
     critic, real, fake, alpha = _start(name, batch)
     options = MODES[mode]
     weights = [options.get(name, 0.0) for name in ("gradient_penalty", "r1", "r2")]
-    if kind == "accelerate":
+    if kind.startswith("accelerate"):
         fastgan.accelerate(critic)
-    if kind == "GraphedCriticStep":
+    if kind == "critic_step in a graph":
         step = fastgan.GraphedCriticStep(critic, **options)
         given = {"alpha": alpha} if weights[0] else {}
         return critic, lambda: step(real, fake, **given)
@@ -48,7 +51,7 @@ def _candidate(kind: str, name: str, batch: int, mode: str) -> tuple[torch.nn.Mo
         else:
             reference.step(critic, real, fake, losses.get(options["loss"]), *weights, alpha)[0].backward()
 
-    if kind != "eager in a graph":
+    if kind in CALLED:
         return critic, run
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -96,8 +99,8 @@ def _difference(name: str, batch: int, mode: str, kind: str, expected: torch.Ten
 def measure(name: str, batch: int, mode: str, rounds: int = 5, seconds: float = 0.03) -> dict:
     """{"seconds", "peak_bytes", "difference", "failed"} by candidate; differences are of gradients, to eager's."""
     found = {"critic": name, "batch": batch, "mode": mode, "seconds": {}, "peak_bytes": {}, "difference": {}, "failed": {}}
-    expected, torch.backends.cudnn.benchmark = None, True
-    for kind in CANDIDATES:
+    expected = None
+    for kind in CALLED + GRAPHS:
         try:
             gradient, found["difference"][kind] = _difference(name, batch, mode, kind, expected)
             expected = gradient if expected is None else expected
@@ -116,16 +119,19 @@ def measure(name: str, batch: int, mode: str, rounds: int = 5, seconds: float = 
     return found
 
 
+def _gain(taken: dict, how: str) -> str:
+    eager, ours = (taken.get(name + how) for name in ("eager", "critic_step"))
+    return f"{eager / ours:.2f}x" if eager and ours else "–"
+
+
 def table(rows: list[dict]) -> list[str]:
-    head = ["critic", "batch", "penalties", *(f"{kind}, ms" for kind in CANDIDATES), "over eager", "over eager in a graph"]
-    head += ["peak MiB: eager, critic_step, GraphedCriticStep"]
+    head = ["critic", "batch", "penalties", *(f"{kind}, ms" for kind in CALLED + GRAPHS)]
+    head += ["critic_step over eager, called / graphs", "peak MiB, eager / critic_step"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in rows:
         taken, peak = row["seconds"], row["peak_bytes"]
-        times = [f"{taken[kind] * 1e3:.2f}" if kind in taken else "–" for kind in CANDIDATES]
-        ours = taken.get("GraphedCriticStep")
-        gains = [f"{taken[kind] / ours:.2f}x" if ours and kind in taken else "–" for kind in ("eager", "eager in a graph")]
-        compared = ("eager", "critic_step", "GraphedCriticStep")
-        peaks = " / ".join(f"{peak[kind] / 2**20:.0f}" if kind in peak else "–" for kind in compared)
-        lines.append("| " + " | ".join([row["critic"], str(row["batch"]), row["mode"], *times, *gains, peaks]) + " |")
+        times = [f"{taken[kind] * 1e3:.2f}" if kind in taken else "–" for kind in CALLED + GRAPHS]
+        gains = " / ".join(_gain(taken, how) for how in ("", " in a graph"))
+        peaks = " / ".join(f"{peak[kind] / 2**20:.0f}" if kind in peak else "–" for kind in ("eager", "critic_step"))
+        lines.append("| " + " | ".join([row["critic"], str(row["batch"]), row["mode"], *times, gains, peaks]) + " |")
     return lines
