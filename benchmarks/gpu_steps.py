@@ -25,6 +25,25 @@ CALLED, GRAPHS = (
 )
 
 
+def captured(run: Callable) -> Callable:
+    """``run`` as a CUDA graph; what it returned is kept, as its memory is the graph's."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+
+    def replay():
+        graph.replay()
+        return results
+
+    return replay
+
+
 def _start(name: str, batch: int):
     make, shape = CRITICS[name]
     torch.manual_seed(0)
@@ -51,20 +70,7 @@ def _candidate(kind: str, name: str, batch: int, mode: str) -> tuple[torch.nn.Mo
         else:
             reference.step(critic, real, fake, losses.get(options["loss"]), *weights, alpha)[0].backward()
 
-    if kind in CALLED:
-        return critic, run
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    critic.zero_grad(set_to_none=True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    critic.graph_of_its_step = graph  # as long as its gradients are
-    return critic, graph.replay
+    return critic, run if kind in CALLED else captured(run)
 
 
 def _gradient(critic) -> torch.Tensor:
