@@ -89,7 +89,7 @@ def test_cases_are_made_of_a_size_and_a_dtype():
         ("--op", "pairwise_kernel_sum", "--size", "cosine 8x8x8"): "or with one before it",
         ("--op", "critic_step", "--size", "dcgan64-bx"): "NETWORK-bBATCH, such as dcgan64-b32, with one of dcgan64",
         ("--op", "critic_step", "--dtype", "float16"): "float32",
-        ("--op", "accelerate", "--size", "3x3"): "whole networks, of which there are ctgan-mlp-b256",
+        ("--op", "accelerate", "--size", "3x3"): "3x3: expected NETWORK-bBATCH",
         ("--size", "12x12"): "name an operator with --op",
     }.items():
         with pytest.raises(ValueError, match=why):

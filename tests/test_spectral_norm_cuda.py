@@ -6,6 +6,7 @@ Launches are made with the tables that csrc/cuda/spectral_norm.h makes for a GPU
 import ctypes
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,9 +240,9 @@ def test_emulated_backward(family, dtype, kernels):
 def test_small_launches_are_spread_over_the_gpu(tables):
     """DCGAN-128's discriminator: its largest weight, read by 32 blocks, kept 100 multiprocessors waiting."""
     shapes = [(64, 48), (128, 1024), (256, 2048), (512, 4096), (1024, 8192), (1, 16384)]
-    weights = [torch.empty(shape) for shape in shapes]
+    weights, memory = [torch.empty(shape) for shape in shapes], SimpleNamespace(address=torch.Tensor.data_ptr)
     for spread in (False, True):
-        made, _ = Kernels(tables, None, spread=spread).layers({"weight": weights}, [0] * 6, [], Memory(weights), False, 4)
+        made, _ = Kernels(tables, None, spread=spread).layers({"weight": weights}, [0] * 6, [], memory, False, 4)
         blocks = [tables.blocks(ctypes.byref(made.layer[i]), 0, False, True, 4) for i in range(6)]
         assert (sum(blocks) >= 264, blocks[4] >= 128) == (spread, spread)
 
