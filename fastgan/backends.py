@@ -39,24 +39,21 @@ _PACKAGE = Path(__file__).parent
 
 def _capabilities() -> list[tuple[int, int]]:
     """Of the GPUs at hand, from the driver: asking CUDA would start it in this process, after which it can't be forked."""
-    if not torch.version.cuda:
-        return []
+    count, major, minor, device = *(ctypes.c_uint() for _ in range(3)), ctypes.c_void_p()
+    found = []
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return []
-    found, count, major, minor, device = [], *(ctypes.c_uint() for _ in range(3)), ctypes.c_void_p()
-    if nvml.nvmlInit_v2():
-        return []
-    if not nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+        if nvml.nvmlInit_v2():
+            return []
+        failed = nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
         for i in range(count.value):
-            if nvml.nvmlDeviceGetHandleByIndex_v2(i, ctypes.byref(device)) or nvml.nvmlDeviceGetCudaComputeCapability(
-                device, ctypes.byref(major), ctypes.byref(minor)
-            ):
-                return []
+            failed |= nvml.nvmlDeviceGetHandleByIndex_v2(i, ctypes.byref(device))
+            failed |= nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
             found.append((major.value, minor.value))
-    nvml.nvmlShutdown()
-    return found
+        nvml.nvmlShutdown()
+    except (OSError, AttributeError):  # no driver, or one that knows another NVML
+        return []
+    return [] if failed else found
 
 
 def runs_on(archs: str, capabilities: list[tuple[int, int]]) -> bool:
@@ -137,7 +134,8 @@ def _load_extension() -> Extension:
             extension.slots = frozenset(
                 (op, key) for op in references for key in _KEYS.values() if has(f"{NAMESPACE}::{op}", key)
             )
-            extension.gpus = runs_on(extension.record.get("cuda", "none"), _capabilities())
+            archs = extension.record.get("cuda", "none")
+            extension.gpus = bool(torch.version.cuda) and archs != "none" and runs_on(archs, _capabilities())
     elif extension.path is not None:  # an absent binary is a choice, a wrong one is a mistake
         warnings.warn(f"fastgan: {extension.problem}. Until then the reference kernels serve.", stacklevel=3)
     return extension

@@ -120,6 +120,31 @@ def test_which_gpus_a_binary_runs_on(archs, gpus, expected):
     assert backends.runs_on(archs, gpus) is expected
 
 
+class Driver:
+    """NVML of two Hopper GPUs, as ctypes would call it."""
+
+    nvmlInit_v2 = nvmlShutdown = nvmlDeviceGetHandleByIndex_v2 = staticmethod(lambda *_: 0)
+    failure = 0
+
+    def nvmlDeviceGetCount_v2(self, count):
+        count._obj.value = 2
+        return 0
+
+    def nvmlDeviceGetCudaComputeCapability(self, device, major, minor):
+        major._obj.value, minor._obj.value = 9, 0
+        return self.failure
+
+
+def test_gpus_are_asked_of_the_driver(monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(backends.ctypes, "CDLL", lambda name: driver)
+    assert backends._capabilities() == [(9, 0)] * 2
+    driver.failure = 3
+    assert backends._capabilities() == []
+    monkeypatch.setattr(backends.ctypes, "CDLL", lambda name: object())  # an older driver's
+    assert backends._capabilities() == []
+
+
 def test_native_kernels_serve_the_gpus_they_are_built_for(monkeypatch):
     extension = backends.extension
     if ("minibatch_discrimination", "CUDA") not in extension.slots:
