@@ -73,7 +73,7 @@ class Extension:
     record: dict[str, str] = field(default_factory=dict)
     problem: str | None = None
     slots: frozenset[tuple[str, str]] = frozenset()  # (operator, dispatch key) that it fills
-    gpus: bool = False  # has it been compiled for those at hand?
+    gpus: bool | None = None  # has it been compiled for those at hand? None: there are none, or they can't be told
 
     @property
     def loaded(self) -> bool:
@@ -135,7 +135,8 @@ def _load_extension() -> Extension:
                 (op, key) for op in references for key in _KEYS.values() if has(f"{NAMESPACE}::{op}", key)
             )
             archs = extension.record.get("cuda", "none")
-            extension.gpus = bool(torch.version.cuda) and archs != "none" and runs_on(archs, _capabilities())
+            if torch.version.cuda and archs != "none" and (gpus := _capabilities()):
+                extension.gpus = runs_on(archs, gpus)
     elif extension.path is not None:  # an absent binary is a choice, a wrong one is a mistake
         warnings.warn(f"fastgan: {extension.problem}. Until then the reference kernels serve.", stacklevel=3)
     return extension
@@ -187,14 +188,21 @@ def problem(backend: str, op: str, device: str) -> str | None:
         if backend == "cuda" and extension.record.get("cuda") == "none":
             return "fastgan._C was built without CUDA (no nvcc; FASTGAN_BUILD=cuda)"
         return NO_KERNEL
+    if backend == "cuda" and extension.gpus is False:
+        return f"fastgan._C was built for sm_{extension.record['cuda']}, and a GPU here is another (FASTGAN_CUDA_ARCHS)"
     return None
+
+
+def _by_default(op: str, device: str) -> str:
+    on_gpu = ("cuda", "triton") if extension.gpus else ("triton", "cuda")
+    return next(name for name in (*(("cpp",) if device == "cpu" else on_gpu), "reference") if problem(name, op, device) is None)
 
 
 def serving(op: str, device: str) -> str:
     """The backend that runs ``op`` on ``device`` now."""
-    on_gpu = ("cuda", "triton", "reference") if extension.gpus else ("triton", "cuda", "reference")
-    order = (_chosen,) if _chosen else (("cpp", "reference") if device == "cpu" else on_gpu)
-    return next((name for name in order if problem(name, op, device) is None), "none")
+    if _chosen:
+        return "none" if problem(_chosen, op, device) else _chosen
+    return _by_default(op, device)
 
 
 def _refusal(backend: str, op: str, device: str) -> Callable:
@@ -214,9 +222,11 @@ def _slots_for(backend: str | None) -> dict[tuple[str, str], Callable]:
     for op, reference in references.items():
         for device, key in _KEYS.items():
             if backend is None:
-                native = extension.gpus and (op, key) in extension.slots
-                if device == "cuda" and not native and _triton_problem(op) is None:
+                serves = _by_default(op, device)
+                if serves == "triton":
                     slots[op, key] = _triton_kernel(op)
+                elif serves == "reference" and (op, key) in extension.slots:  # for other GPUs
+                    slots[op, key] = counted("reference", op, reference)
             elif problem(backend, op, device) is not None:
                 slots[op, key] = _refusal(backend, op, device)
             elif backend == "reference":

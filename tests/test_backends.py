@@ -145,16 +145,20 @@ def test_gpus_are_asked_of_the_driver(monkeypatch):
     assert backends._capabilities() == []
 
 
-def test_native_kernels_serve_the_gpus_they_are_built_for(monkeypatch):
-    extension = backends.extension
-    if ("minibatch_discrimination", "CUDA") not in extension.slots:
+@pytest.mark.parametrize("triton", [True, False])
+@pytest.mark.parametrize(("fits", "served"), [(True, "cuda"), (False, "triton"), (None, "triton")])
+def test_native_kernels_serve_the_gpus_they_are_built_for(monkeypatch, fits, served, triton):
+    """Elsewhere Triton, and without it plain torch; where no GPU was found, they would be tried."""
+    if (OP, "CUDA") not in backends.extension.slots:
         pytest.skip("fastgan._C is not built with CUDA")
-    triton = importlib.util.find_spec("triton") is not None
-    for fits in (False, True):
-        monkeypatch.setattr(extension, "gpus", fits)
-        expected = "cuda" if fits or not triton else "triton"
-        assert backends.serving("minibatch_discrimination", "cuda") == expected
-        assert ("minibatch_discrimination", "CUDA") not in backends._slots_for(None) or expected == "triton"
+    monkeypatch.setattr(backends.extension, "gpus", fits)
+    monkeypatch.setattr(backends, "_triton_problem", lambda op: None if triton else "not installed")
+    if not triton:
+        served = "reference" if fits is False else "cuda"
+    assert backends.serving(OP, "cuda") == served
+    assert ((OP, "CUDA") in backends._slots_for(None)) == (served != "cuda")
+    problem = backends.problem("cuda", OP, "cuda")
+    assert problem is None or (fits is False and "was built for sm_" in problem)
 
 
 # Without what is optional
