@@ -9,6 +9,7 @@ NVCC_APPEND_FLAGS    nvcc's own: -lineinfo for a profiler that shows source line
 """
 
 import hashlib
+import itertools
 import os
 import re
 import shlex
@@ -98,11 +99,18 @@ def sources_digest() -> str:
 
 
 def cuda_flags() -> tuple[list[str], str]:
-    archs = [
-        a.strip().replace(".", "") for a in os.environ.get("FASTGAN_CUDA_ARCHS", "80;86;89;90;100").split(";") if a.strip()
-    ]
-    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"], "+".join(archs)
+    """One compilation for each generation, for its oldest: machine code of the others is made of the same PTX."""
+    asked = os.environ.get("FASTGAN_CUDA_ARCHS", "80;86;89;90;100").replace(".", "").split(";")
+    archs = [arch.strip() for arch in asked if arch.strip()]
+    if not archs or not all(re.fullmatch(r"\d{2,3}[a-z]?", arch) for arch in archs):
+        raise SystemExit(f"fastgan: FASTGAN_CUDA_ARCHS={';'.join(asked)!r}, expected compute capabilities such as '80;90'")
+    archs.sort(key=lambda arch: int(re.match(r"\d+", arch)[0]))
+    flags = []
+    for _, some in itertools.groupby(archs, key=lambda arch: re.sub(r"\d(?=\D*$)", "", arch)):
+        some = list(some)
+        codes = [f"sm_{arch}" for arch in some] + [f"compute_{some[0]}"] * (some[-1] == archs[-1])
+        flags.append(f"-gencode=arch=compute_{some[0]},code=[{','.join(codes)}]")
+    return flags, "+".join(archs)
 
 
 def find_ninja() -> str | None:

@@ -54,6 +54,15 @@ def test_cuda_without_nvcc_fails_loudly(tmp_path):
     assert "FASTGAN_BUILD=cuda, but there is no nvcc (pip install 'fastgan[cuda-build]'" in result.stderr
 
 
+def test_architectures_that_are_none_are_named(tmp_path):
+    for name in ("c++", "nvcc", "ninja"):
+        (tmp_path / name).symlink_to("/bin/true")
+    path = os.pathsep.join((str(tmp_path), os.environ["PATH"]))
+    result = setup("--version", PATH=path, FASTGAN_BUILD="cuda", FASTGAN_CUDA_ARCHS="80;hopper")
+    assert result.returncode != 0
+    assert "FASTGAN_CUDA_ARCHS='80;hopper', expected compute capabilities such as '80;90'" in result.stderr
+
+
 def wheel(folder: Path, **environment: str) -> list[str]:
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(folder), "."]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
