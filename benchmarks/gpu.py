@@ -227,19 +227,25 @@ class Counted(TorchDispatchMode):
         return result
 
 
-def _step(function: Callable, inputs: list[Tensor]) -> list[Tensor]:
-    """Forward and, where there is something to differentiate, backward: results and gradients."""
-    outputs = function(*inputs)
-    outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+def step_of(function: Callable, inputs: list[Tensor]) -> Callable[[], list[Tensor]]:
+    """Forward and, where there is something to differentiate, backward with gradients of 1 that are made beforehand."""
     leaves = [x for x in inputs if x.requires_grad]
-    return outputs + list(torch.autograd.grad(outputs, leaves, [torch.ones_like(x) for x in outputs]) if leaves else [])
+    outputs = function(*inputs)
+    ones = [torch.ones_like(x) for x in (outputs if isinstance(outputs, (tuple, list)) else [outputs])]
+
+    def run():
+        outputs = function(*inputs)
+        outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+        return outputs + list(torch.autograd.grad(outputs, leaves, ones) if leaves else [])
+
+    return run
 
 
 def eager_counts(case: Case) -> tuple[int, int]:
     """(launches, bytes) of the formula in plain PyTorch."""
-    inputs = case.inputs("meta")
+    run = step_of(case.eager, case.inputs("meta"))
     with Counted() as counted:
-        _step(case.eager, inputs)
+        run()
     return counted.launches, counted.bytes
 
 
@@ -279,20 +285,6 @@ def predicted(gpu: str, bytes_moved: float, operations: float, launches: int) ->
 
 
 BACKENDS = ("triton", "cuda")
-
-
-def step_of(function: Callable, inputs: list[Tensor]) -> Callable[[], list[Tensor]]:
-    """Forward and, where there is something to differentiate, backward with gradients of 1 that are made beforehand."""
-    leaves = [x for x in inputs if x.requires_grad]
-    outputs = function(*inputs)
-    ones = [torch.ones_like(x) for x in (outputs if isinstance(outputs, (tuple, list)) else [outputs])]
-
-    def run():
-        outputs = function(*inputs)
-        outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
-        return outputs + list(torch.autograd.grad(outputs, leaves, ones) if leaves else [])
-
-    return run
 
 
 def error_of(results: list[Tensor], truth: list[Tensor]) -> float:
@@ -338,15 +330,12 @@ def measured(case: Case, compiled: bool) -> dict:
     from fastgan import backends
 
     def served(backend):
-        def function(*inputs):
-            return case.fastgan(*inputs)
-
         run = None
 
         def switched():
             nonlocal run
             with fastgan.use_backend(backend):
-                run = run or step_of(function, inputs)
+                run = run or step_of(case.fastgan, inputs)
                 return run()
 
         return switched
