@@ -47,8 +47,8 @@ class Delivery:
 
     def hand_out(self, leaves, factor):
         _refuse_again(self.spent)
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        if self.checks and (capturing or not _reads):
+        unreadable = not _reads or (factor.is_cuda and torch.cuda.is_current_stream_capturing())
+        if self.checks and unreadable:
             fine = torch.stack([flag for flag, _ in self.checks]).all()
             factor = torch.where(fine, factor, torch.nan)
         else:
@@ -56,7 +56,7 @@ class Delivery:
                 if not bool(flag):
                     raise RuntimeError(message)
         self.spent = True
-        plain = factor.device.type == "cpu" and float(factor) == 1.0  # NaN is not
+        plain = factor.device.type == "cpu" and float(factor) == 1.0
         out = []
         for leaf in leaves:
             grad = self.gradients.pop(id(leaf))
