@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgan.kernels.rows import rows_lie
 from fastgan.ops.minibatch_stddev import check, like_output, like_x, memory_format
 
 _KEEP = 8
@@ -192,11 +193,7 @@ class _Samples:
     def __init__(self, z: Tensor, last: torch.memory_format, width: int):
         self.places = z[0, 0].numel()
         self.channel, self.place = (1, z.shape[1]) if last != torch.contiguous_format else (self.places, 1)
-        expected = _strides(z.shape, last)
-        lies = z.stride()[1:] == expected[1:] or all(
-            a == b or n == 1 for a, b, n in zip(z.stride()[1:], expected[1:], z.shape[1:], strict=True)
-        )
-        self.tensor = z if lies else z.contiguous(memory_format=last)
+        self.tensor = z if rows_lie(z, _strides(z.shape, last)) else z.contiguous(memory_format=last)
         self.strides = self.tensor.stride(0), self.place, self.channel * width
 
     def channels_from(self, channel: int) -> Tensor:

@@ -60,10 +60,14 @@ def output_like(x: Tensor) -> tuple[Tensor, Tensor]:
     return result, result if has_dense_rows(result) else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+def rows_lie(x: Tensor, strides: tuple[int, ...]) -> bool:
+    """Do the rows of x lie as strides say? Its samples may be anywhere."""
+    return all(a == b or size == 1 for a, b, size in zip(x.stride()[1:], strides[1:], x.shape[1:], strict=True))
+
+
 def laid_out_as(x: Tensor, like: Tensor) -> Tensor:
     """``x`` with its rows laid out as those of ``like``, copied if they aren't."""
-    same = all(a == b or size == 1 for a, b, size in zip(x.stride()[1:], like.stride()[1:], x.shape[1:], strict=True))
-    return x if same else torch.empty_like(like).copy_(x)
+    return x if rows_lie(x, like.stride()) else torch.empty_like(like).copy_(x)
 
 
 def delivered(result: Tensor, work: Tensor) -> Tensor:
