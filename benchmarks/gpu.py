@@ -10,6 +10,7 @@ back, and critic steps (gpu_steps.py). Files in benchmarks/results/gpu are shown
 """
 
 import argparse
+import contextlib
 import functools
 import importlib
 import json
@@ -329,42 +330,35 @@ def measured(case: Case, compiled: bool) -> dict:
     import fastgan
     from fastgan import backends
 
-    def served(backend):
-        run = None
-
-        def switched():
-            nonlocal run
-            with fastgan.use_backend(backend):
-                run = run or step_of(case.fastgan, inputs)
-                return run()
-
-        return switched
-
     inputs = case.inputs("cuda")
     truth = step_of(case.eager, [x.detach().double().requires_grad_(x.requires_grad) for x in inputs])()
     found = {"kernels": {}, "called": {}, "error": {}, "failed": {}}
     op = {"spectral_norm": "spectral_norm_multi"}.get(case.op, case.op)
-    makers = {name: lambda name=name: served(name) for name in BACKENDS if backends.problem(name, op, "cuda") is None}
-    makers["eager"] = lambda: step_of(case.eager, inputs)
+    candidates = {name: case.fastgan for name in BACKENDS if backends.problem(name, op, "cuda") is None}
+    candidates["eager"] = case.eager
     if compiled:
-        makers["compile"] = lambda: step_of(torch.compile(case.eager, dynamic=False), inputs)
+        candidates["compile"] = torch.compile(case.eager, dynamic=False)
+
+    def served(name):
+        return fastgan.use_backend(name) if name in BACKENDS else contextlib.nullcontext()
+
     runs = {}
-    for name, make in makers.items():
+    for name, function in candidates.items():
         try:
-            run = make()
-            found["error"][name] = error = error_of(run(), truth)
-            if name in BACKENDS and not error < 1e-4:
-                raise AssertionError(f"relative error {error:.2g}")
-            found["kernels"][name] = kernel_seconds(run)
+            with served(name):
+                run = step_of(function, inputs)
+                found["error"][name] = error = error_of(run(), truth)
+                if name in BACKENDS and not error < 1e-4:
+                    raise AssertionError(f"relative error {error:.2g}")
+                found["kernels"][name] = kernel_seconds(run)
             runs[name] = run
         except Exception as error:  # the others are still worth measuring
             found["failed"][name] = f"{type(error).__name__}: {error}"[:300]
     del truth
-    for backend in [name for name in runs if name in BACKENDS]:  # the switch itself is no part of it
-        with fastgan.use_backend(backend):
-            run = step_of(case.fastgan, inputs)
-            found["called"] |= called_seconds({backend: run})
-    found["called"] |= called_seconds({name: run for name, run in runs.items() if name not in BACKENDS})
+    for name in [name for name in runs if name in BACKENDS]:  # switching backends is no part of a call
+        with served(name):
+            found["called"] |= called_seconds({name: runs.pop(name)})
+    found["called"] |= called_seconds(runs)
     return found
 
 

@@ -195,7 +195,8 @@ def problem(backend: str, op: str, device: str) -> str | None:
 
 def _by_default(op: str, device: str) -> str:
     on_gpu = ("cuda", "triton") if extension.gpus else ("triton", "cuda")
-    return next(name for name in (*(("cpp",) if device == "cpu" else on_gpu), "reference") if problem(name, op, device) is None)
+    order = (("cpp",) if device == "cpu" else on_gpu) + ("reference",)
+    return next(name for name in order if problem(name, op, device) is None)
 
 
 def serving(op: str, device: str) -> str:
