@@ -144,13 +144,12 @@ def _sums(kernel: str, n: int, d: int) -> Case:
     def kernels(module, x, y):
         module.pairwise_kernel_sum_backward_both(module.pairwise_kernel_sum(x, y, *options(x)), x, y, *options(x))
 
-    signs = kernel == "laplacian"  # gathered by a kernel, twice; else by matrix products, which are counted around the kernels
     points, slopes, pairs = 8 * n * d, 4 * n * n, n * n
-    # per pair and coordinate: 2 for the distance, forward and backward, and 4 or 1 for each of the gradients
+    # per pair and coordinate: 2 for the distance, forward and backward, and 4 or 2 for each of the gradients
     return Case(
         "pairwise_kernel_sum", f"{kernel} {n}x{d}", inputs, kernels,
         lambda x, y: torch.ops.fastgan.pairwise_kernel_sum(x, y, *options(x)), eager,
-        2 * points + slopes + signs * 2 * (slopes + 2 * points), pairs * (d * (4 + 2 * (4 if signs else 1)) + 20),
+        6 * points + 3 * slopes, pairs * (d * (4 + 2 * (4 if kernel == "laplacian" else 2)) + 20),
     )  # fmt: skip
 
 

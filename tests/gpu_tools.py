@@ -59,7 +59,7 @@ def triton_usage(compiled, folder: Path) -> Usage:
     shared = compiled.metadata.shared
     if "amdgcn" in compiled.asm:
         count = lambda key: int(re.search(rf"\.{key}:\s*(\d+)", compiled.asm["amdgcn"])[1])  # noqa: E731
-        return Usage(count("vgpr_count"), shared, count("vgpr_spill_count") + count("sgpr_spill_count"))
+        return Usage(count("vgpr_count"), shared, count("vgpr_spill_count"))  # scalar ones go to vector registers
     from triton.backends.nvidia.compiler import get_ptxas
 
     ptx = compiled.asm["ptx"]
