@@ -282,6 +282,45 @@ def test_no_speed_up_where_results_differ(monkeypatch):
     assert gain.speedup is None and gain.error > 1e-3 and "differ" in gain.note and gain.to_dict()["saved_seconds"] is None
 
 
+class Labelled(Net):
+    """As diffusers' and Hugging Face's are called: by names, and the label by name alone."""
+
+    def forward(self, sample, scale=1.0, *, labels):
+        return super().forward(scale * sample) * labels.view(-1, 1)
+
+
+@pytest.mark.parametrize("wrap", ["plain", "compile"])
+@pytest.mark.parametrize("kind", [Net, Labelled])
+def test_networks_called_by_keywords(kind, wrap):
+    D, G = kind(16, 1), kind(4, 16)
+    names = {"x": None} if kind is Net else {"sample": None, "labels": torch.ones(8)}
+    given = {G: G, D: D} if wrap != "compile" else {n: torch.compile(n, backend="eager") for n in (G, D)}
+
+    def call(network, points):
+        return given[network](**{name: points if value is None else value for name, value in names.items()})
+
+    oD, oG = torch.optim.Adam(D.parameters()), torch.optim.Adam(G.parameters())
+    with fastgan.profile(**SHORT) as p:
+        for _ in range(4):
+            real, fake = torch.randn(8, 16), call(G, torch.randn(8, 4)).detach()
+            oD.zero_grad()
+            (call(D, fake).mean() - call(D, real).mean() + penalty(lambda x: call(D, x), real, fake)).backward()
+            oD.step()
+            oG.zero_grad()
+            (-call(D, call(G, torch.randn(8, 4))).mean()).backward()
+            oG.step()
+    critic, generator = (next(n for n in p.networks if n.role == role) for role in ("critic", "generator"))
+    inside = getattr(critic.module, "_orig_mod", critic.module), getattr(generator.module, "_orig_mod", generator.module)
+    assert inside == (D, G) and critic.update == (3, (2,))
+    real = critic.kept[1]
+    assert [a.shape if isinstance(a, torch.Tensor) else a for a in real.args] == ([(8, 16)] if kind is Net else [(8, 16), 1.0])
+    assert list(real.kwargs) == ([] if kind is Net else ["labels"])
+    found = p.measure_gains(0.05)
+    assert not any("could not" in gain.note for gain in found), found
+    assert any("critic_step(" in gain.what for gain in found) == (kind is Net), found
+    assert ("by keyword alone, which critic_step does not" in str(p)) == (kind is Labelled)
+
+
 def test_networks_that_are_frozen_in_turn_are_tried():
     """As Lightning has it: one module, optimizer.step(closure), and only what is updated requires gradients."""
     D, G = Net(16, 1), Net(4, 16)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import fastgan
 from fastgan import backends, measure
@@ -51,7 +52,7 @@ def _flat(tensors) -> Tensor:
 
 
 def _scores(output) -> list[Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def _update(network: Network, penalised: bool) -> Callable[[], Tensor]:
@@ -62,14 +63,16 @@ def _update(network: Network, penalised: bool) -> Callable[[], Tensor]:
     def run():
         total = 0.0
         for number, call in enumerate(network.kept):
-            args = list(call.args)
-            point = penalised and number in network.update[1]
-            if point:
-                args[0] = args[0].detach().requires_grad_(True)
-            scores = _scores(module(*args))
+            leaves, structure = tree_flatten((call.args, call.kwargs))
+            point = None
+            if penalised and number in network.update[1]:
+                at = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+                point = leaves[at] = leaves[at].detach().requires_grad_(True)
+            args, kwargs = tree_unflatten(leaves, structure)
+            scores = _scores(module(*args, **kwargs))
             total = total + sum(s.float().mean() if s.dtype.itemsize < 4 else s.mean() for s in scores)
-            if point:
-                (gradient,) = torch.autograd.grad(sum(s.sum() for s in scores), args[0], create_graph=True)
+            if point is not None:
+                (gradient,) = torch.autograd.grad(sum(s.sum() for s in scores), point, create_graph=True)
                 total = total + gradient.flatten(1).square().sum(1).mean()
         return _flat(torch.autograd.grad(total, parameters, allow_unused=True))
 
@@ -103,7 +106,7 @@ def _form(network: Network) -> tuple[dict, tuple] | None:
     """The penalty that the calls of an update look like, and (real, fake, args): what critic_step can be tried on."""
     calls, points = network.update
     kept = network.kept
-    if not points or not kept or not all(call.args and isinstance(call.args[0], Tensor) for call in kept):
+    if not points or not kept or not all(call.args and isinstance(call.args[0], Tensor) and not call.kwargs for call in kept):
         return None
     first, args = kept[0].args[0], kept[0].args[1:]
     if calls == 1 or len(kept) == 1:  # reals and fakes in one batch
@@ -215,6 +218,8 @@ def measure_all(networks: list[Network], calls: Mapping[int, float], seconds: fl
                 p.requires_grad_(True)
             if able:
                 gains += _accelerated(network, calls.get(network.index, 0.0), seconds)
+            if network.role == CRITIC and network.update[1] and any(call.kwargs for call in network.kept):
+                notes.append(f"{network.name} takes arguments by keyword alone, which critic_step does not")
             if network.role == CRITIC and (found := _form(network)) is not None:
                 form, (real, fake, args) = found
                 shown = ", ".join(f"{key}={value:g}" for key, value in form.items())

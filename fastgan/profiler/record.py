@@ -28,9 +28,10 @@ _PATIENCE = 64  # steps of other optimizers that one may take to come to its fir
 
 @dataclass(eq=False)
 class Call:
-    """Detached arguments of one call of a network."""
+    """Detached arguments of one call of a network; ``kwargs`` are those that can't be given by position."""
 
     args: tuple
+    kwargs: dict = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -52,11 +53,18 @@ class Network:
     _pointers: list[int] = field(default_factory=list)  # to the data of each call's first argument since the last step
     _penalised: list[int] = field(default_factory=list)
 
-    def called(self, args: tuple, pointer: int, keep: bool) -> None:
+    def called(self, args: tuple, keep: bool) -> None:
         self.total += 1
-        self._pointers.append(pointer)
+        self._pointers.append(_pointer(args))
         if keep and len(self._calls) < _KEPT_CALLS:
             self._calls.append(Call(_detached(args)))
+
+    def had_keywords(self, args: tuple, kwargs: dict) -> None:
+        """Of the call that :meth:`called` was the last to hear of."""
+        args, kwargs = _by_position(self.module, args, kwargs)
+        self._pointers[-1] = _pointer((args, kwargs))
+        if self._calls and len(self._calls) == len(self._pointers):
+            self._calls[-1] = Call(_detached(args), _detached(kwargs))
 
     def penalise(self, pointer: int) -> bool:
         """The gradient with respect to the input at ``pointer`` is taken: was it a call of this network?"""
@@ -88,6 +96,23 @@ def _tensors(tree) -> list[Tensor]:
 
 def _detached(tree):
     return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _pointer(arguments) -> int:
+    """To the data of the first number among them."""
+    return next((t.data_ptr() for t in _tensors(arguments) if t.is_floating_point()), 0)
+
+
+def _by_position(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The same arguments with as few keywords as its ``forward`` allows."""
+    inner = getattr(module, "_orig_mod", module)  # torch.compile's
+    inner = inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else inner
+    try:
+        bound = inspect.signature(inner.forward).bind(*args, **kwargs)
+    except (TypeError, ValueError):  # it has no signature, or takes what it didn't get from a hook
+        return args, kwargs
+    bound.apply_defaults()
+    return bound.args, bound.kwargs
 
 
 def _names_of(module: nn.Module) -> list[str]:
@@ -135,7 +160,7 @@ class Recorder:
         hooks = nn.modules.module
         self._undo = [
             hooks.register_module_forward_pre_hook(self._before).remove,
-            hooks.register_module_forward_hook(self._after, always_call=True).remove,
+            hooks.register_module_forward_hook(self._after, with_kwargs=True, always_call=True).remove,
             register_optimizer_step_post_hook(self._optimizer_stepped).remove,
         ]
         self._patch(Optimizer, "__init__", self._making_optimizer)
@@ -260,16 +285,22 @@ class Recorder:
         elif not any(network is not None for *_, network in self._stack):
             network = self._network(module, kind)
             self._follow(network, args)
+            if torch.is_grad_enabled():
+                network.called(args, self.keep)
             self._open(module, f"network {network.index}", network)
 
-    def _after(self, module, args, *rest):
+    def _after(self, module, args, kwargs, *output):
         if _tracing() or not self._stack or self._stack[-1][0] is not module:
             return
         network = self._stack[-1][2]
         self._close()
         if network is None:
             return
-        for tensor in _tensors(rest[-1] if rest else ()):
+        if kwargs:  # hooks on all modules that come before a call don't get them
+            self._follow(network, tuple(kwargs.values()))
+            if torch.is_grad_enabled():
+                network.had_keywords(args, kwargs)
+        for tensor in _tensors(output):
             if tensor.grad_fn is not None:
                 tensor.grad_fn.metadata[_MARK] = network.index
             self._outputs.append((StorageWeakRef(tensor.untyped_storage()), tensor.data_ptr(), network.index))
@@ -283,8 +314,6 @@ class Recorder:
         for index in sources - {None, network.index}:
             network.fed_by.add(index)
             self.networks[index].feeds.add(network.index)
-        if torch.is_grad_enabled():
-            network.called(args, tensors[0].data_ptr() if tensors else 0, self.keep)
 
     @staticmethod
     def _source(node) -> int | None:
