@@ -106,6 +106,7 @@ inline bool same_layout(const Tensor& a, const Tensor& b) {
 
 // Do the elements of x fill one run of memory, in whichever order of dimensions?
 inline bool is_dense(const Tensor& x) {
+  if (x.is_contiguous()) return true;
   std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
   for (int64_t d = 0; d < x.dim(); ++d)
     if (x.size(d) != 1) dims.emplace_back(x.stride(d), x.size(d));
@@ -139,7 +140,7 @@ inline Tensor new_tensor(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayR
 inline Tensor new_tensor(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes) { return new_tensor(x, sizes, x.scalar_type()); }
 
 inline Tensor new_tensor_like(const Tensor& x) {
-  if (!x.is_contiguous() && !is_dense(x)) return torch::stable::empty_like(x);
+  if (!is_dense(x)) return torch::stable::empty_like(x);
   return new_strided(x, x.dim(), x.sizes().data(), x.strides().data(), x.scalar_type());
 }
 

@@ -78,7 +78,7 @@ class Blocks {
 // Uninitialised, with the dtype, shape and, where it is dense, strides of x, which is on the CPU.
 inline torch::stable::Tensor new_like(const torch::stable::Tensor& x) {
   const int64_t bytes = x.numel() * x.element_size();
-  if (bytes < kReusedFrom || (!x.is_contiguous() && !is_dense(x))) return new_tensor_like(x);
+  if (bytes < kReusedFrom || !is_dense(x)) return new_tensor_like(x);
   void* data = Blocks::all().take(bytes);
   const auto give_back = [bytes](void* block) { Blocks::all().give_back(block, bytes); };
   try {

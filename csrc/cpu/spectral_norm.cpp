@@ -434,7 +434,7 @@ std::tuple<Tensors, Tensors, Tensors> run_forward(const char*, const Tensors& we
   Tensors results, new_us, new_vs;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& w = weights[i];
-    results.push_back(iteration.write ? new_like(w) : w.is_contiguous() || is_dense(w) ? w : new_tensor_like(w));
+    results.push_back(iteration.write ? new_like(w) : is_dense(w) ? w : new_tensor_like(w));
     new_us.push_back(new_like(u[i]));
     new_vs.push_back(new_like(v[i]));
   }

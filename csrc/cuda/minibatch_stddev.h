@@ -10,7 +10,7 @@ constexpr int64_t kThreads = 256;  // of a block
 constexpr int64_t kKept = 8;       // samples of a group that stay in registers
 constexpr int64_t kShare = 1024;   // elements appended to the samples of a group, for one block
 // Positions of a thread, in one load where their addresses allow it: of more its sums, of 32 bits at least, don't fit registers.
-constexpr int pack_of(int64_t bytes) { return bytes < 4 ? 4 : int(16 / bytes); }
+constexpr int pack_of(int64_t bytes) { return bytes < 8 ? 4 : 1; }  // of doubles, kernels for packs would be the largest of all
 
 // Strides in elements, of samples and of places.
 struct Samples {
