@@ -2,8 +2,9 @@
 
 Each is trained by ``fastgan train`` in a process of its own. docs/recipes/results.json gets an entry (metrics, goals, seconds,
 steps, machine), the others stay as they are; NAME.png is the picture of samples. A recipe's ``further`` runs, on other data,
-are recorded by RECIPE-DATA. ``--pages`` writes a page per recipe and the gallery from docstrings, options and what is
-recorded. ``--merge FILE`` takes over the newer entries of another results.json.
+are recorded by RECIPE-DATA. ``--seed N`` repeats a recorded run with another seed, whose metrics the entry gets beside its own.
+``--pages`` writes a page per recipe and the gallery from docstrings, options and what is recorded. ``--merge FILE`` takes over
+the newer entries of another results.json.
 """
 
 import argparse
@@ -52,11 +53,12 @@ def runs() -> dict[str, Run]:
 # --- recording ------------------------------------------------------------------------------------------------------
 
 
-def record(name: str, out: Path, more: Sequence[str] = ()) -> dict:
-    """Train and evaluate the run ``name``, with ``more`` arguments; its entry. CalledProcessError where it diverges."""
-    from fastgan.training import evaluate
+def record(name: str, out: Path | None, more: Sequence[str] = ()) -> dict:
+    """Train and evaluate the run ``name``, with ``more`` arguments; its entry. CalledProcessError where it diverges.
 
-    recipe, arguments, goals = runs()[name]
+    ``out`` gets the picture; None: nothing does.
+    """
+    recipe, arguments, _ = runs()[name]
     train = ["train", recipe, *arguments, *more]
     with tempfile.TemporaryDirectory() as folder:
         run, found = Path(folder) / name, Path(folder) / "eval.json"
@@ -68,11 +70,14 @@ def record(name: str, out: Path, more: Sequence[str] = ()) -> dict:
         if evaluated not in (0, 1):  # 1: a goal is missed, which is recorded
             raise subprocess.CalledProcessError(evaluated, "fastgan eval")
         config, values = json.loads((run / "config.json").read_text()), json.loads(found.read_text())
-        out.mkdir(parents=True, exist_ok=True)
-        if name in PICTURES:
-            subprocess.run([*fastgan, "sample", str(run), *PICTURES[name], "--out", str(out / f"{name}.png")], check=True)
-        else:
-            shutil.copy(max((run / "samples").glob("step-*.png")), out / f"{name}.png")
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            picture = out / f"{name}.png"
+            if name in PICTURES:
+                subprocess.run([*fastgan, "sample", str(run), *PICTURES[name], "--out", str(picture)], check=True)
+            else:
+                shutil.copy(max((run / "samples").glob("step-*.png")), picture)
+        del values["goals"], values["met"]  # pages judge by the goals of their day
         return {
             "command": shlex.join(["fastgan", *train]),
             "recorded": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -81,7 +86,6 @@ def record(name: str, out: Path, more: Sequence[str] = ()) -> dict:
             **{key: config[key] for key in ("fastgan", "steps", "batch_size", "size")},
             "machine": measure.machine(),
             **values,
-            **evaluate.judged(values["metrics"], goals),
         }
 
 
@@ -97,11 +101,23 @@ def merge(path: Path, entries: dict[str, dict]) -> dict[str, dict]:
     for name, entry in entries.items():
         if name not in results or entry["recorded"] >= results[name]["recorded"]:
             results[name] = entry
+    _write(path, results)
+    return results
+
+
+def add_seed(path: Path, name: str, seed: int, metrics: dict[str, float]) -> None:
+    """What the run ``name`` reaches with another seed, to its entry in ``path``."""
+    results = json.loads(path.read_text())
+    seeds = results[name].get("seeds", {}) | {str(seed): metrics}
+    results[name]["seeds"] = dict(sorted(seeds.items(), key=lambda item: int(item[0])))
+    _write(path, results)
+
+
+def _write(path: Path, results: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
     os.replace(part, path)
-    return results
 
 
 # --- pages ----------------------------------------------------------------------------------------------------------
@@ -126,10 +142,16 @@ def _recorded(name: str, entry: dict, picture: bool) -> list[str]:
     from fastgan.training import evaluate
 
     machine = entry["machine"]
+    seeds = entry.get("seeds", {})
+    headings, rows = [f"seed {seed}" for seed in seeds], [list(row) for row in evaluate.cells(entry)]
+    for metrics in seeds.values():
+        found = entry | {"metrics": metrics, **evaluate.judged(metrics, entry["goals"])}
+        for row, (_, value, goal, _) in zip(rows, evaluate.cells(found), strict=True):
+            row.append(f"{value} missed" if goal.endswith("missed") else value)
     drawn = [f"`fastgan sample FOLDER {shlex.join(PICTURES[name])}`:"] if name in PICTURES else []
     return [
         *([*drawn, f"![samples]({name}.png)"] if picture else []),
-        table(("metric", f"of {entry['samples']} samples", "goal", "real samples"), evaluate.cells(entry)),
+        table(("metric", f"of {entry['samples']} samples", "goal", "real samples", *headings), rows),
         f"`{entry['command']}`: {entry['steps']} steps of {entry['batch_size']} of `{entry['data']}`, {_cost(entry)}. "
         f"{machine['processor'].strip()}, GPU: {machine['gpu']}, torch {machine['torch']}, {entry['recorded'][:10]}."
         + (f" Features: {entry['features']}." if entry["features"] else ""),
@@ -212,8 +234,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pages", action="store_true", help="write the pages, train nothing")
     parser.add_argument("--merge", type=Path, metavar="FILE", help="take over entries of this results.json, train nothing")
     parser.add_argument("--steps", help="train so many, to try it out; default: the recipe's")
+    parser.add_argument("--seed", type=int, help="repeat recorded runs with this seed")
     arguments = parser.parse_args(argv)
-    known = runs()
+    from fastgan.training import evaluate
+
+    known, again = runs(), arguments.seed is not None
     for name in arguments.names:
         if name not in known:
             parser.error(f"no run {name!r}; {near_or_known(name, known)}")
@@ -222,13 +247,19 @@ def main(argv: list[str] | None = None) -> int:
     failed = []
     if not (arguments.pages or arguments.merge):
         for name in arguments.names or known:
+            asked = {"--steps": arguments.steps, "--seed": arguments.seed}
+            more = [str(word) for option in asked.items() if option[1] is not None for word in option]
             try:
-                entry = record(name, arguments.out, ["--steps", arguments.steps] if arguments.steps else ())
+                entry = record(name, None if again else arguments.out, more)
             except subprocess.CalledProcessError as error:
                 failed.append(f"{name}: {error}")
                 continue
-            merge(arguments.out / "results.json", {name: entry})
-            failed += [f"{name}: {goal} missed" for goal, met in entry["met"].items() if not met]
+            if again:
+                add_seed(arguments.out / "results.json", name, arguments.seed, entry["metrics"])
+            else:
+                merge(arguments.out / "results.json", {name: entry})
+            met = evaluate.judged(entry["metrics"], known[name].goals)["met"]
+            failed += [f"{name}: {goal} missed" for goal, reached in met.items() if not reached]
     if arguments.pages:
         arguments.out.mkdir(parents=True, exist_ok=True)
         for file, text in pages(arguments.out).items():

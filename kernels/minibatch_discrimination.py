@@ -57,10 +57,15 @@ def _subtract(rows, columns, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def _sign(x):
+    return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)  # PTX compares into numbers; a choice takes predicates and selections
+
+
+@triton.jit
 def _signs(differences, CHUNK: tl.constexpr):
     signs = ()
     for d in tl.static_range(CHUNK):
-        signs += (tl.where(differences[d] > 0, 1.0, tl.where(differences[d] < 0, -1.0, 0.0)),)
+        signs += (_sign(differences[d]),)
     return signs
 
 
@@ -92,9 +97,7 @@ def _slope(x, t, signs, tangents, i, j, k, n, D: tl.constexpr, CHUNK: tl.constex
             x_d, t_d = x + (k * D + d) * n, t + (k * D + d) * n
             x_i, x_j = tl.load(x_d + i, mask=i < n, other=0).to(ACC), tl.load(x_d + j, mask=j < n, other=0).to(ACC)
             t_i, t_j = tl.load(t_d + i, mask=i < n, other=0).to(ACC), tl.load(t_d + j, mask=j < n, other=0).to(ACC)
-            difference = x_i[:, None] - x_j[None, :]
-            sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, 0.0))
-            p += sign * (t_i[:, None] - t_j[None, :])
+            p += _sign(x_i[:, None] - x_j[None, :]) * (t_i[:, None] - t_j[None, :])
     return p
 
 
