@@ -1,10 +1,10 @@
 """``python -m benchmarks.recipes [NAME...]``: train recipes with their defaults, evaluate them, and record what came of it.
 
-Each is trained by ``fastgan train`` in a process of its own. docs/recipes/results.json gets an entry (metrics, goals, seconds,
-steps, machine), the others stay as they are; NAME.png is the picture of samples. A recipe's ``further`` runs, on other data,
-are recorded by RECIPE-DATA. ``--seed N`` repeats a recorded run with another seed, whose metrics the entry gets beside its own.
-``--pages`` writes a page per recipe and the gallery from docstrings, options and what is recorded. ``--merge FILE`` takes over
-the newer entries of another results.json.
+Each is trained by ``fastgan train`` in a process of its own. docs/recipes/results.json gets an entry (metrics, seconds,
+steps, machine), the others stay as they are; NAME.png is the picture of samples. A recipe's ``further`` runs, with other
+options, are recorded by RECIPE-NAME. ``--seed N`` repeats a recorded run with another seed, whose metrics the entry gets
+beside its own. ``--pages`` writes a page per recipe and the gallery from docstrings, options and what is recorded. ``--merge
+FILE`` takes over the newer entries of another results.json.
 """
 
 import argparse
@@ -40,13 +40,13 @@ class Run(NamedTuple):
 
 
 def runs() -> dict[str, Run]:
-    """What is recorded, by name: each recipe with its defaults, and its ``further`` {data: (arguments, goals)}."""
+    """What is recorded, by name: each recipe with its defaults, and its ``further`` {name: (arguments, goals)}."""
     found = {}
     for name in recipes.names():
         kind = recipes.get(name)
         found[name] = Run(name, [], kind.goals)
-        for data, (arguments, goals) in getattr(kind, "further", {}).items():
-            found[f"{name}-{data}"] = Run(name, ["--data", data, *shlex.split(arguments)], goals)
+        for more, (arguments, goals) in getattr(kind, "further", {}).items():
+            found[f"{name}-{more}"] = Run(name, shlex.split(arguments), goals)
     return found
 
 
@@ -168,7 +168,7 @@ def page(name: str, results: dict[str, dict], pictures: set[str]) -> str:
     if name not in results:
         parts.append(f"No run of it has been recorded. `python -m benchmarks.recipes {name}` does.")
     for run in (key for key, found in runs().items() if found.recipe == name and key in results):
-        parts += [] if run == name else [f"## On `{results[run]['data']}`"]
+        parts += [] if run == name else [f"## {run.removeprefix(f'{name}-')}"]
         parts += _recorded(run, results[run], run in pictures)
     parts += [
         "## Options",
@@ -204,7 +204,8 @@ def gallery(results: dict[str, dict], pictures: set[str]) -> str:
     ]
     text = (
         "# Recipes\n\nThe GANs that `fastgan train` knows, with what their recorded runs reached. `python -m "
-        "benchmarks.recipes NAME` records one, `--pages` writes these pages."
+        "benchmarks.recipes NAME` records one, `--pages` writes these pages. A recipe's page has "
+        "the same run with other seeds, too."
     )
     parts = [text, table(("recipe", "", "data", "reached", "trained in", "samples"), rows)]
     if coverage:
@@ -229,7 +230,7 @@ def pages(out: Path) -> dict[str, str]:
 def main(argv: list[str] | None = None) -> int:
     """0 when all that was asked for is done and every goal met."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recipes", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="recipes, or RECIPE-DATA; default: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="recipes, or RECIPE-NAME of their further runs; default: all")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--pages", action="store_true", help="write the pages, train nothing")
     parser.add_argument("--merge", type=Path, metavar="FILE", help="take over entries of this results.json, train nothing")

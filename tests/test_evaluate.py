@@ -97,7 +97,7 @@ def test_a_recorded_run_and_its_page(tmp_path):
 
 
 def test_further_runs_are_on_the_recipes_page(tmp_path, monkeypatch):
-    further = {"ring": ("--batch-size 16 --set width=4", {"modes": 0, "high_quality": 1})}
+    further = {"ring": ("--data ring --batch-size 16 --set width=4", {"modes": 0, "high_quality": 1})}
     monkeypatch.setattr(gan.Recipe, "further", further, raising=False)
     assert recorder.main(["gan-ring", "--steps", "2", "--out", str(tmp_path)]) == 1
     (name, found), *others = json.loads((tmp_path / "results.json").read_text()).items()
@@ -105,7 +105,7 @@ def test_further_runs_are_on_the_recipes_page(tmp_path, monkeypatch):
     assert found["command"] == "fastgan train gan --data ring --batch-size 16 --set width=4 --steps 2"
     recorder.main(["--pages", "--out", str(tmp_path)])
     text = (tmp_path / "gan.md").read_text()
-    assert "No run of it" in text and "## On `ring`" in text and "![samples](gan-ring.png)" in text
+    assert "No run of it" in text and "## ring" in text and "![samples](gan-ring.png)" in text
     assert "≥ 0 met" in text and "≥ 1 missed" in text
     assert "| [gan](gan.md) | `ring` | 0 | 0.0" in (tmp_path / "README.md").read_text()
     with pytest.raises(SystemExit):
@@ -113,7 +113,7 @@ def test_further_runs_are_on_the_recipes_page(tmp_path, monkeypatch):
 
 
 def test_a_run_with_a_picture_of_its_own(tmp_path, monkeypatch):
-    further = {"digits": ("--size 8 --set width=2", {})}
+    further = {"digits": ("--data digits --size 8 --set width=2", {})}
     monkeypatch.setattr(recipes.get("cgan"), "further", further, raising=False)
     monkeypatch.setattr(recorder, "PICTURES", {"cgan-digits": ("--text", "07", "-n", "2")})
     assert recorder.main(["cgan-digits", "--steps", "1", "--out", str(tmp_path)]) == 0

@@ -48,12 +48,13 @@ _DATA = (
 
 
 def _is_data(value):
+    if isinstance(value, _DATA):
+        return True
     if isinstance(value, (list, tuple, set, frozenset)):
         return all(map(_is_data, value))
     if isinstance(value, dict):
         return all(map(_is_data, value.values()))
-    known = isinstance(value, type) or (callable(value) and str(getattr(value, "__module__", "")).startswith("torch"))
-    return isinstance(value, _DATA) or known
+    return isinstance(value, type) or (callable(value) and str(getattr(value, "__module__", "")).startswith("torch"))
 
 
 def hides_state(module):

@@ -23,4 +23,4 @@ class Recipe(GAN):
     conditional = True
     steps = 800
     goals: ClassVar = {"classes": 10, "fid": 3, "recall": 0.3, "accuracy": 0.8}
-    further: ClassVar = {"glyphs": ("--steps 1500", {"classes": 60, "fid": 2, "accuracy": 0.5})}
+    further: ClassVar = {"glyphs": ("--data glyphs --steps 1500", {"classes": 60, "fid": 2, "accuracy": 0.5})}

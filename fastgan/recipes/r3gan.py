@@ -88,7 +88,7 @@ class Recipe(GAN):
     goals: ClassVar = {"classes": 10, "fid": 6, "recall": 0.4}
     further: ClassVar = {
         "grid": (
-            "--batch-size 256 --steps 2000 --set width=32 z_dim=2 r1=0.003 r2=0.003",
+            "--data grid --batch-size 256 --steps 2000 --set width=32 z_dim=2 r1=0.003 r2=0.003",
             {"modes": 20, "high_quality": 0.65},
         )
     }

@@ -31,7 +31,7 @@ class Recipe(GAN):
     goals: ClassVar = {"classes": 10, "fid": 2.5, "recall": 0.8}
     further: ClassVar = {
         "grid": (
-            "--batch-size 256 --steps 1000 --set width=32 z_dim=2 gradient_penalty=0.1 lr_decay=0.3",
+            "--data grid --batch-size 256 --steps 1000 --set width=32 z_dim=2 gradient_penalty=0.1 lr_decay=0.3",
             {"modes": 8, "high_quality": 0.15},
         )
     }
