@@ -100,8 +100,10 @@ def sources_digest() -> str:
 
 
 def cuda_flags() -> tuple[list[str], str]:
-    """One compilation up to Hopper and one from Blackwell on, each for its oldest: machine code of the others is made of its PTX.
-    Of Ampere's, Hopper's is as good as of its own, but Blackwell's has up to a fifth more instructions."""
+    """One compilation up to Hopper and one from Blackwell on, each for its oldest, of whose PTX the others' machine code is made.
+
+    Of Ampere's, Hopper's is as good as of its own, but Blackwell's has up to a fifth more instructions.
+    """
     asked = os.environ.get("FASTGAN_CUDA_ARCHS", "80;86;89;90;100").replace(".", "").split(";")
     archs = [arch.strip() for arch in asked if arch.strip()]
     if not archs or not all(re.fullmatch(r"\d{2,3}[a-z]?", arch) for arch in archs):
