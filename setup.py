@@ -100,7 +100,7 @@ def sources_digest() -> str:
 
 
 def cuda_flags() -> tuple[list[str], str]:
-    """One compilation up to Hopper and one from Blackwell on, each for its oldest, of whose PTX the others' machine code is made.
+    """One compilation up to Hopper and one from Blackwell on, each for its oldest; the others' machine code is made of its PTX.
 
     Of Ampere's, Hopper's is as good as of its own, but Blackwell's has up to a fifth more instructions.
     """
