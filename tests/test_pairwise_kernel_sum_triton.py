@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("with TRITON_INTERPRET=1 kernels are interpreted, not compiled", allow_module_level=True)
 
 import triton.language as tl
-from gpu_tools import compile_triton, emulate, triton_targets, triton_usage
+from gpu_tools import Traffic, broken, compile_triton, emulate, triton_targets, triton_usage
 from samples import inputs
 from triton.backends.compiler import GPUTarget
 
@@ -105,3 +105,59 @@ def test_emulated_ptx(op, case, monkeypatch, record_property):
         error = ((ours.double() - truth).abs().max() / truth.abs().max()).item()
         record_property("error", error)
         assert error < {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[case[-1]]
+
+
+# Instructions of PTX per pair and coordinate, addresses included, where strides are not known to be multiples of 16
+LIMITS = {
+    "laplacian": {"forward_kernel": 5.0, "slopes_kernel": 5.0, "gather_kernel": 8.5},
+    "gaussian": {"forward_kernel": 4.0, "slopes_kernel": 4.0, "gather_kernel": 5.0},
+}
+
+
+@pytest.mark.parametrize("function", LIMITS)
+def test_counted_instructions_and_traffic(function, monkeypatch, record_property):
+    launches = emulate(monkeypatch, kernels)
+    n, m, d = 128, 128, 64  # whole tiles
+    x, y, grad = torch.randn(n, d), torch.randn(m, d), torch.randn(n)
+    options = torch.full((1,), 8.0), torch.ones(1), function, 1.0, 0.0, False
+    kernels.pairwise_kernel_sum(x, y, *options)
+    kernels.pairwise_kernel_sum_backward_both(grad, x, y, *options)
+    assert [launch.kernel for launch in launches] == ["forward_kernel", "slopes_kernel", "gather_kernel", "gather_kernel"]
+    for launch in launches:
+        instructions = sum(launch.stats.warp_instr.values()) * 32 / (n * m * d)
+        record_property(launch.kernel, instructions)
+        assert instructions <= LIMITS[function][launch.kernel]
+    points, slopes = 4 * (n + m) * d, 4 * n * m
+    least = {
+        "forward_kernel": points,
+        "slopes_kernel": points + slopes,
+        "gather_kernel": 2 * points + slopes,
+    }  # of which half are sums, read and written
+    for launch in launches:
+        traffic = Traffic.of([launch])
+        record_property(launch.kernel + " distinct", traffic.distinct / least[launch.kernel])
+        assert traffic.distinct <= 1.05 * least[launch.kernel]
+        assert traffic.conflicts <= 1
+
+
+@pytest.mark.parametrize(
+    ("function", "old", "new"),
+    [
+        ("_similarity", "y += stride_y", "y += stride_x"),
+        ("_similarity", "q += run", "q = run"),
+        ("gather_kernel", "own > other", "own >= other"),
+        ("slopes_kernel", "row_stride, mask", "row_stride + 1, mask"),
+    ],
+)
+def test_a_broken_kernel_is_noticed(function, old, new, monkeypatch):
+    broken(monkeypatch, kernels, function, old, new)
+    emulate(monkeypatch, kernels)
+    x, y = torch.randint(0, 3, (9, 40)).float(), torch.randint(0, 3, (150, 40)).float()  # of equal coordinates the sign is 0
+    values = torch.randn(9), torch.randn(150), x, y, torch.full((1,), 30.0), torch.ones(1), "laplacian", 1.0, 0.0, False
+    expected = references["pairwise_kernel_sum_backward"](*values)
+    try:
+        got = kernels.pairwise_kernel_sum_backward(*values)
+    except Exception as fault:
+        assert "KernelFault" in type(fault).__name__, fault
+    else:
+        assert (got - expected).abs().max() > 1e-3 * expected.abs().max()
