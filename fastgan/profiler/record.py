@@ -50,20 +50,22 @@ class Network:
     update: tuple[int, tuple[int, ...]] = (0, ())
     kept: list[Call] = field(default_factory=list)
     _calls: list[Call] = field(default_factory=list)
+    _kept_last: bool = False  # are the arguments of the last call among these?
     _pointers: list[int] = field(default_factory=list)  # to the data of each call's first argument since the last step
     _penalised: list[int] = field(default_factory=list)
 
     def called(self, args: tuple, keep: bool) -> None:
         self.total += 1
         self._pointers.append(_pointer(args))
-        if keep and len(self._calls) < _KEPT_CALLS:
+        self._kept_last = keep and len(self._calls) < _KEPT_CALLS
+        if self._kept_last:
             self._calls.append(Call(_detached(args)))
 
     def had_keywords(self, args: tuple, kwargs: dict) -> None:
         """Of the call that :meth:`called` was the last to hear of."""
         args, kwargs = _by_position(self.module, args, kwargs)
         self._pointers[-1] = _pointer((args, kwargs))
-        if self._calls and len(self._calls) == len(self._pointers):
+        if self._kept_last:
             self._calls[-1] = Call(_detached(args), _detached(kwargs))
 
     def penalise(self, pointer: int) -> bool:
