@@ -127,12 +127,8 @@ def test_counted_instructions_and_traffic(function, monkeypatch, record_property
         instructions = sum(launch.stats.warp_instr.values()) * 32 / (n * m * d)
         record_property(launch.kernel, instructions)
         assert instructions <= LIMITS[function][launch.kernel]
-    points, slopes = 4 * (n + m) * d, 4 * n * m
-    least = {
-        "forward_kernel": points,
-        "slopes_kernel": points + slopes,
-        "gather_kernel": 2 * points + slopes,
-    }  # of which half are sums, read and written
+    points, slopes, sums = 4 * (n + m) * d, 4 * n * m, 4 * n * d
+    least = {"forward_kernel": points, "slopes_kernel": points + slopes, "gather_kernel": points + slopes + 2 * sums}
     for launch in launches:
         traffic = Traffic.of([launch])
         record_property(launch.kernel + " distinct", traffic.distinct / least[launch.kernel])

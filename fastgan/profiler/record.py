@@ -101,7 +101,7 @@ def _detached(tree):
 
 
 def _pointer(arguments) -> int:
-    """To the data of the first number among them."""
+    """To the data of the first floating-point tensor among them."""
     return next((t.data_ptr() for t in _tensors(arguments) if t.is_floating_point()), 0)
 
 
@@ -291,13 +291,14 @@ class Recorder:
                 network.called(args, self.keep)
             self._open(module, f"network {network.index}", network)
 
-    def _after(self, module, args, kwargs, *output):
+    def _after(self, module, args, *rest):
         if _tracing() or not self._stack or self._stack[-1][0] is not module:
             return
         network = self._stack[-1][2]
         self._close()
-        if network is None:
+        if network is None or len(rest) < 2:  # of a forward that has failed torch tells no keywords
             return
+        kwargs, output = rest
         if kwargs:  # hooks on all modules that come before a call don't get them
             self._follow(network, tuple(kwargs.values()))
             if torch.is_grad_enabled():
